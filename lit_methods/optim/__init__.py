@@ -1,0 +1,12 @@
+"""Optimizers for any torch model; nothing here imports lightning."""
+
+from typing import TYPE_CHECKING
+
+from lit_methods._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from lit_methods.optim.mfac import MFAC
+
+__all__ = ["MFAC"]
+
+__getattr__, __dir__ = lazy_exports(__name__, {"MFAC": "mfac"})

@@ -1,0 +1,1 @@
+"""YAML recipes, one folder per method; each has a README with measured numbers."""
