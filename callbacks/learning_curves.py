@@ -1,0 +1,89 @@
+"""Curves of logged metrics as PNG files."""
+
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+
+from lit_methods.callbacks.figures import output_dir, save_figure
+
+
+class LearningCurves(Callback):
+    """Draw chosen logged metrics against optimizer steps, one panel per metric name without its stage.
+
+    ``train/loss`` and ``val/loss`` share the panel ``loss``. A point is taken after every validation run (names that
+    start with ``val``) and at the end of every training epoch (all others). The picture is written to
+    ``<log folder>/<name>.png`` when ``fit`` ends, also after an exception, and goes to every logger that takes figures.
+    The points are part of the checkpoint, so a resumed run draws the whole curve.
+
+    Args:
+        metrics: names of logged metrics to draw; ``None`` draws all.
+        name: the picture's file name without ending.
+
+    Raises:
+        ValueError: ``metrics`` is empty, or ``name`` is not a plain file name.
+    """
+
+    def __init__(self, metrics: list[str] | None = None, name: str = "learning_curves") -> None:
+        if metrics is not None and not metrics:
+            raise ValueError("metrics must name at least one logged metric, or be None for all, got []")
+        if not name or PurePath(name).name != name:
+            raise ValueError(f"name must be a plain file name without folders, got {name!r}")
+        self.metrics = metrics
+        self.name = name
+        self.points: dict[str, list[tuple[int, float]]] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Tells several curves of one Trainer apart."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points taken so far."""
+        return {"points": {metric: list(points) for metric, points in self.points.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue curves from a checkpoint."""
+        self.points = {metric: [tuple(p) for p in points] for metric, points in state_dict["points"].items()}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take one point of every chosen metric whose name starts with ``val``."""
+        if not trainer.sanity_checking:
+            self._take_points(trainer, validation=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take one point of every other chosen metric."""
+        self._take_points(trainer, validation=False)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw."""
+        self._draw(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Draw what there is."""
+        if trainer.world_size == 1:  # the other ranks may be gone, and finding the log folder is a collective call
+            self._draw(trainer)
+
+    def _take_points(self, trainer: Trainer, validation: bool) -> None:
+        for metric, value in trainer.callback_metrics.items():
+            if metric.startswith("val") == validation and (self.metrics is None or metric in self.metrics):
+                self.points.setdefault(metric, []).append((trainer.global_step, float(value)))
+
+    def _draw(self, trainer: Trainer) -> None:
+        folder = output_dir(trainer)
+        if not trainer.is_global_zero or not self.points:
+            return
+        panels: dict[str, list[str]] = {}
+        for metric in self.points:
+            panels.setdefault(metric.partition("/")[2] or metric, []).append(metric)
+        figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, metrics) in zip(row, panels.items(), strict=True):
+            for metric in metrics:
+                axes.plot(*torch.tensor(self.points[metric], dtype=torch.float64).T, marker=".", label=metric)
+            axes.set(xlabel="optimizer step", title=title)
+            axes.legend()
+            axes.grid(alpha=0.3)
+        save_figure(trainer, figure, self.name, folder)

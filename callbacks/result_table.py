@@ -1,0 +1,47 @@
+"""The numbers a run ends with."""
+
+from copy import copy
+from typing import Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class ResultTable(Callback):
+    """Evaluate the best checkpoint when ``fit`` ends and print its metrics as one table, on rank zero.
+
+    The best checkpoint is that of the first ``ModelCheckpoint`` that monitors a metric; without one, the weights at the
+    end of training are evaluated. The metrics are also in ``results`` afterwards.
+
+    Args:
+        stage: run the test loop or the validation loop.
+
+    Raises:
+        ValueError: ``stage`` is neither ``"test"`` nor ``"validate"``.
+    """
+
+    def __init__(self, stage: Literal["test", "validate"] = "test") -> None:
+        if stage not in ("test", "validate"):
+            raise ValueError(f"stage must be 'test' or 'validate', got {stage!r}")
+        self.stage = stage
+        self.results: dict[str, float] = {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate and print."""
+        checkpoint = next((c.best_model_path for c in _checkpoints(trainer) if c.monitor and c.best_model_path), None)
+        state = copy(trainer.state)  # the evaluation below is a run of its own; fit still has to tear down
+        evaluate = trainer.test if self.stage == "test" else trainer.validate
+        metrics = evaluate(
+            pl_module, datamodule=getattr(trainer, "datamodule", None), ckpt_path=checkpoint, verbose=False
+        )
+        trainer.state = state
+        self.results = {name: value for per_loader in metrics for name, value in per_loader.items()}
+        if trainer.is_global_zero:
+            width = max(map(len, self.results))
+            lines = [f"{metric:<{width}}  {value:.4f}" for metric, value in sorted(self.results.items())]
+            title = f"best checkpoint: {checkpoint}" if checkpoint else "weights at the end of training"
+            print("\n".join(["", title, *lines]))
+
+
+def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]

@@ -1,0 +1,107 @@
+"""Plain supervised learning: the LightningModule that the optimizer recipes share."""
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanSquaredError, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lit_methods.batches import SupervisedBatch
+from lit_methods.hyperparameters import live_arguments
+
+__all__ = ["SupervisedModule"]
+
+
+class SupervisedModule(LightningModule):
+    """Classification or regression of ``(x, y)`` batches with any network and any optimizer.
+
+    Logs ``train/loss`` per step and ``{val,test}/loss`` and ``{val,test}/<metric>`` per epoch.
+
+    Args:
+        network: maps ``x`` to logits ``(batch, num_classes)``, or to values shaped like ``y`` for regression.
+        num_classes: number of classes (at least 2); ``None`` means regression.
+        loss: maps (outputs, ``y``) to a scalar; default cross-entropy for classification, mean squared error for
+            regression.
+        metrics: name -> metric of (outputs, ``y``); default ``accuracy`` (micro) or ``mse``.
+        optimizer: builds the optimizer from the trainable parameters.
+        lr_scheduler: builds a learning rate scheduler from the optimizer; stepped once an epoch.
+
+    Raises:
+        ValueError: ``num_classes`` is below 2.
+
+    Example:
+        >>> from lit_methods.nets import MLP
+        >>> from lit_methods.optim import MFAC
+        >>> module = SupervisedModule(MLP(64, [32], 10), num_classes=10, optimizer=lambda params: MFAC(params, lr=0.01))
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int | None = None,
+        loss: nn.Module | None = None,
+        metrics: dict[str, Metric] | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes is not None and num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, or None for regression, got {num_classes}")
+        self.save_hyperparameters(ignore=live_arguments(locals()))
+        self.network = network
+        self.num_classes = num_classes
+        self.loss = loss or (nn.MSELoss() if num_classes is None else nn.CrossEntropyLoss())
+        if metrics is None:
+            metrics = {"mse": MeanSquaredError()} if num_classes is None else {"accuracy": _accuracy(num_classes)}
+        collection = MetricCollection(dict(metrics))
+        self.val_metrics = collection.clone(prefix="val/")
+        self.test_metrics = collection.clone(prefix="test/")
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, num_classes)``, or regression values."""
+        return self.network(x)
+
+    def training_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
+        """Mean loss of one batch."""
+        x, y = batch
+        loss = self.loss(self(x), y)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
+        """Update the validation metrics."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
+        """Update the test metrics."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def predict_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
+        """Class probabilities ``(batch, num_classes)``, or regression values."""
+        outputs = self(batch[0])
+        return outputs if self.num_classes is None else outputs.softmax(-1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The injected optimizer over the trainable parameters, with the injected schedule if there is one."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _evaluate(self, batch: SupervisedBatch, stage: str, metrics: MetricCollection) -> None:
+        x, y = batch
+        outputs = self(x)
+        metrics.update(outputs, y)
+        self.log(f"{stage}/loss", self.loss(outputs, y), sync_dist=True, batch_size=len(y))
+        self.log_dict(metrics)
+
+
+def _accuracy(num_classes: int) -> Metric:
+    return MulticlassAccuracy(num_classes, average="micro")
