@@ -1,6 +1,7 @@
 """Where callbacks put their figures."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
@@ -21,7 +22,7 @@ def save_figure(trainer: Trainer, figure: Figure, name: str, folder: Path) -> No
 
 
 def _log_figure(logger: Logger, figure: Figure, name: str, step: int) -> None:
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(logger, "log_image"):  # Weights & Biases
         logger.log_image(key=name, images=[figure], step=step)
     elif hasattr(experiment, "add_figure"):  # TensorBoard
