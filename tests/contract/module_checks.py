@@ -1,0 +1,116 @@
+"""What every LightningModule promises, together with a datamodule."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from tests.cli import run_here, run_new_process
+from tests.contract.cases import ModuleCase
+from tests.contract.compare import assert_same
+
+STEPS = 3
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "max_epochs": 100,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+def check_runs_through_the_cli(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(case, folder, fast_dev_run=2)
+    for command in ("fit", "validate", "test", "predict"):
+        run_here(monkeypatch, folder, command, "--config", config)
+
+
+def check_resumes_bit_exactly_in_a_new_process(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(case, folder, max_steps=2 * STEPS, callbacks=resume_callbacks("whole"))
+    run_new_process(folder, "fit", "--config", config)
+    config = write_config(case, folder, max_steps=2 * STEPS, callbacks=resume_callbacks("resumed"))
+    run_new_process(folder, "fit", "--config", config, "--ckpt_path", f"whole/step={STEPS}.ckpt")
+    whole, resumed = (
+        torch.load(folder / run / f"step={2 * STEPS}.ckpt", weights_only=True) for run in ("whole", "resumed")
+    )
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(resumed[part], whole[part], part)
+
+
+def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(case, folder, max_steps=STEPS, callbacks=resume_callbacks("run"))
+    run_here(monkeypatch, folder, "fit", "--config", config)
+    path = folder / "run" / f"step={STEPS}.ckpt"
+    saved = torch.load(path, weights_only=True)
+    rebuilt = type(case.make()).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    assert_same(dict(rebuilt.state_dict()), dict(saved["state_dict"]), "rebuilt module")
+
+
+def check_directly_built_module_saves_plain_data(
+    case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(**QUIET, fast_dev_run=True)
+    trainer.strategy.connect(case.make())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.save_checkpoint(folder / "direct.ckpt")
+    torch.load(folder / "direct.ckpt", weights_only=True)
+
+
+def check_ranks_stay_identical_under_ddp(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = {"class_path": "tests.contract.probes.RanksAgree"}
+    config = write_config(case, folder, max_steps=STEPS, strategy="ddp", devices=2, callbacks=[probe])
+    run_new_process(folder, "fit", "--config", config)
+
+
+def check_runs_finite_in_mixed_bfloat16(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = {"class_path": "tests.contract.probes.ParametersFinite"}
+    config = write_config(case, folder, max_steps=STEPS, precision="bf16-mixed", callbacks=[probe])
+    run_here(monkeypatch, folder, "fit", "--config", config)
+
+
+def check_logs_without_warnings(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(case, folder, max_steps=STEPS, limit_val_batches=1, val_check_interval=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_here(monkeypatch, folder, "fit", "--config", config)
+    about_logging = [str(w.message) for w in caught if "log(" in str(w.message) or "sync_dist" in str(w.message)]
+    assert not about_logging, about_logging
+
+
+def check_bad_arguments_raise_by_name(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for build, message in case.bad:
+        with pytest.raises(ValueError, match=message):
+            build()
+
+
+def check_compiles(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.compile`` captures ``forward`` without graph breaks and changes nothing."""
+    module = case.make().eval()
+    inputs = case.forward_inputs()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), module(*inputs))
+
+
+CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
+
+
+def write_config(case: ModuleCase, folder: Path, **trainer: object) -> str:
+    """Write the case's config with trainer settings for a tiny run; returns the path."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({"seed_everything": 1, **case.config, "trainer": {**QUIET, **trainer}}))
+    return str(path)
+
+
+def resume_callbacks(run: str) -> list[dict[str, object]]:
+    """ExactResume, and a checkpoint every ``STEPS`` steps in the folder ``run``."""
+    checkpoint = {"dirpath": run, "filename": "{step}", "every_n_train_steps": STEPS, "save_top_k": -1}
+    return [
+        {"class_path": "lit_methods.callbacks.ExactResume"},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint},
+    ]

@@ -1,0 +1,42 @@
+"""Every packaged recipe is documented, parses, and runs (small and slow ones, with tiny limits)."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli import run_here
+from tests.contract.cases import RECIPES
+from tests.contract.pieces import ROOT, recipe_names
+from tests.recipes import recipe_checks as checks
+
+NAMES = recipe_names()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_is_documented_and_parses(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    checks.check_header_is_complete(recipe)
+    checks.check_readme_presents_it(recipe)
+    checks.check_resumes_exactly_by_its_settings(recipe)
+    checks.check_parses_against_current_signatures(recipe, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.rpartition("/")[2].startswith("paper_")])
+def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name in RECIPES, f"recipe {name} has no case in tests/contract/cases.py"
+    case = RECIPES[name]
+    case.prepare(tmp_path)
+    run_here(monkeypatch, tmp_path, "fit", "--config", name, *case.overrides)
+
+
+def test_every_case_belongs_to_a_recipe() -> None:
+    assert set(RECIPES) <= set(NAMES)
+
+
+@pytest.mark.parametrize("folder", sorted({n.partition("/")[0] for n in NAMES}))
+def test_readme_has_the_result_table(folder: str) -> None:
+    text = (ROOT / "recipes" / folder / "README.md").read_text().lower()
+    assert "| paper" in text, "no table with a column 'paper'"
+    assert "ours" in text, "no table with a column 'ours'"
