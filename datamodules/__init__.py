@@ -7,9 +7,16 @@ from lit_methods._lazy import lazy_exports
 if TYPE_CHECKING:
     from lit_methods.datamodules.digits import DigitsDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
+    from lit_methods.datamodules.tensors import TensorDataModule
 
-__all__ = ["DigitsDataModule", "FashionMNISTDataModule", "MNISTDataModule"]
+__all__ = ["DigitsDataModule", "FashionMNISTDataModule", "MNISTDataModule", "TensorDataModule"]
 
 __getattr__, __dir__ = lazy_exports(
-    __name__, {"DigitsDataModule": "digits", "FashionMNISTDataModule": "mnist", "MNISTDataModule": "mnist"}
+    __name__,
+    {
+        "DigitsDataModule": "digits",
+        "FashionMNISTDataModule": "mnist",
+        "MNISTDataModule": "mnist",
+        "TensorDataModule": "tensors",
+    },
 )
