@@ -75,6 +75,8 @@ class MFAC(Optimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state: dict[Any, Any]  # type: ignore[assignment]  # the window is no one parameter's: it has the key "mfac"
+
     def __init__(
         self,
         params: ParamsT,
@@ -207,7 +209,7 @@ class MFAC(Optimizer):
         dtype = _HISTORY_DTYPES[self._history_dtype] if self._history_dtype else layout.params_dtype
         window: dict[str, Any] = self.state["mfac"]
         if not window:
-            double = {"dtype": torch.float64, "device": flat.device}
+            double: dict[str, Any] = {"dtype": torch.float64, "device": flat.device}
             window.update(
                 history=torch.zeros(rows, flat.numel(), dtype=dtype, device=flat.device),
                 row_scale=torch.ones(rows, **double),
@@ -282,7 +284,9 @@ class _Layout:
         flat = torch.zeros(
             sum(p.numel() for p in params), dtype=torch.float64 if double else torch.float32, device=params[0].device
         )
-        views, bounds, start = [], [], 0
+        views: list[list[Tensor]] = []
+        bounds: list[tuple[int, int]] = []
+        start = 0
         for group in groups:
             first = start
             views.append([])
@@ -326,10 +330,7 @@ def mfac(gradient: Tensor, window: dict[str, Any], *, damping: float, filled: bo
     seen = window["count"].clamp(1, rows) if filled else rows
     noise = 16 * torch.finfo(gradient.dtype).eps * rows**0.5
     ridge = torch.clamp(gram.diagonal() * noise, min=damping * seen)
-    if rank2:
-        weights = _exchange_row(window, ridge, newest, accepted, damping)
-    else:
-        weights = _inverse(gram, ridge, column=newest)
+    weights = _exchange_row(window, ridge, newest, accepted, damping) if rank2 else _solve(gram, ridge, newest)
     _combine(history, weights * row_scale * seen * accepted, out=gradient)
     index.add_(accepted).remainder_(rows)
     return accepted
@@ -406,14 +407,19 @@ def _combine(history: Tensor, weights: Tensor, out: Tensor) -> None:
         torch.mv(history[:, part].to(out.dtype).t(), weights, out=out[part])
 
 
-def _inverse(gram: Tensor, ridge: Tensor, column: Tensor | None = None) -> Tensor:
-    """``(gram + diag(ridge))⁻¹`` or one column of it; without its off-diagonal part should it not be positive definite."""
+def _solve(gram: Tensor, ridge: Tensor, newest: Tensor) -> Tensor:
+    """Column ``newest`` of ``(gram + diag(ridge))⁻¹``; of its diagonal alone should it not be positive definite."""
+    system = gram + torch.diag(ridge)
+    unit = newest.to(gram.dtype)
+    factor, info = torch.linalg.cholesky_ex(system)
+    return torch.where(info == 0, torch.cholesky_solve(unit[:, None], factor)[:, 0], unit / system.diagonal())
+
+
+def _inverse(gram: Tensor, ridge: Tensor) -> Tensor:
+    """``(gram + diag(ridge))⁻¹``; of its diagonal alone should it not be positive definite."""
     system = gram + torch.diag(ridge)
     factor, info = torch.linalg.cholesky_ex(system)
-    if column is None:
-        return torch.where(info == 0, torch.cholesky_inverse(factor), torch.diag(1 / system.diagonal()))
-    unit = column.to(gram.dtype)
-    return torch.where(info == 0, torch.cholesky_solve(unit[:, None], factor)[:, 0], unit / system.diagonal())
+    return torch.where(info == 0, torch.cholesky_inverse(factor), torch.diag(1 / system.diagonal()))
 
 
 def _exchange_row(window: dict[str, Any], ridge: Tensor, newest: Tensor, accepted: Tensor, damping: float) -> Tensor:

@@ -530,7 +530,7 @@ def test_bad_arguments(arguments, message):
 
 
 def test_bad_parameters_and_gradients():
-    with pytest.raises(ValueError, match="params must be real floating point, got torch.complex64"):
+    with pytest.raises(ValueError, match="params must be real floating point"):
         MFAC([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
     optimizer = MFAC([nn.Parameter(torch.zeros(2))])
     with pytest.raises(ValueError, match="weight_decay must be >= 0"):
