@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_methods.callbacks import LearningCurves, ResultTable
+from lit_methods.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
 from lit_methods.nets import MLP
 from lit_methods.optim import MFAC
 from lit_methods.supervised import SupervisedModule
+from tests.idx_files import write_mnist
 
 Arguments = dict[str, Any]
 
@@ -77,7 +80,7 @@ def _module(class_path: str, **init_args: Any) -> dict[str, Any]:
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.MFAC": OptimizerCase(
         MFAC,
-        {"lr": 0.02, "num_grads": 8, "damping": 1e-2, "momentum": 0.5, "weight_decay": 1e-3},
+        {"lr": 0.05, "num_grads": 8, "damping": 1e-2, "momentum": 0.5, "weight_decay": 1e-3},
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"momentum": 1.0}, "momentum must be"),
@@ -126,6 +129,36 @@ CALLBACKS: dict[str, CallbackCase] = {
     ),
 }
 
-DATAMODULES: dict[str, DataModuleCase] = {}
+_LOADER_ARGUMENTS: list[tuple[Arguments, str]] = [
+    ({"batch_size": 0}, "batch_size=0: must be an integer >= 1"),
+    ({"num_workers": -1}, "num_workers=-1: must be"),
+    ({"seed": -1}, "seed=-1: must be"),
+    ({"val_size": -1}, "val_size=-1: must be"),
+]
 
-RECIPES: dict[str, RecipeCase] = {}
+
+def _mnist(datamodule: type[LightningDataModule], folder: Path, **arguments: Any) -> LightningDataModule:
+    if not any(folder.iterdir()):
+        write_mnist(folder)
+    return datamodule(**({"data_dir": str(folder), "batch_size": 4, "val_size": 8} | arguments))
+
+
+DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.DigitsDataModule": DataModuleCase(
+        lambda folder, **arguments: DigitsDataModule(**arguments),
+        bad=[*_LOADER_ARGUMENTS, ({"test_size": 1797}, "test_size=1797: must be")],
+    ),
+    "lit_methods.datamodules.FashionMNISTDataModule": DataModuleCase(
+        partial(_mnist, FashionMNISTDataModule), bad=_LOADER_ARGUMENTS
+    ),
+    "lit_methods.datamodules.MNISTDataModule": DataModuleCase(partial(_mnist, MNISTDataModule), bad=_LOADER_ARGUMENTS),
+}
+
+_TINY = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"]
+
+RECIPES: dict[str, RecipeCase] = {
+    "mfac/digits": RecipeCase(_TINY),
+    "mfac/fashion_mnist": RecipeCase(
+        [*_TINY, "--data.data_dir=.", "--data.val_size=8", "--data.batch_size=8"], prepare=write_mnist
+    ),
+}
