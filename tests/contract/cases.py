@@ -11,8 +11,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_methods.batches import SupervisedBatch
 from lit_methods.callbacks import LearningCurves, ResultTable
-from lit_methods.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
+from lit_methods.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, TensorDataModule
 from lit_methods.nets import MLP
 from lit_methods.optim import MFAC
 from lit_methods.supervised import SupervisedModule
@@ -143,7 +144,13 @@ def _mnist(datamodule: type[LightningDataModule], folder: Path, **arguments: Any
     return datamodule(**({"data_dir": str(folder), "batch_size": 4, "val_size": 8} | arguments))
 
 
+def _tensors(folder: Path, **arguments: Any) -> LightningDataModule:
+    rows = SupervisedBatch(torch.arange(40.0)[:, None], torch.arange(40) % 3)
+    return TensorDataModule(train=rows, val=rows, test=rows, **({"batch_size": 4} | arguments))
+
+
 DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.TensorDataModule": DataModuleCase(_tensors, bad=_LOADER_ARGUMENTS[:3]),
     "lit_methods.datamodules.DigitsDataModule": DataModuleCase(
         lambda folder, **arguments: DigitsDataModule(**arguments),
         bad=[*_LOADER_ARGUMENTS, ({"test_size": 1797}, "test_size=1797: must be")],

@@ -1,0 +1,156 @@
+import subprocess
+import sys
+
+import pytest
+
+from lit_methods.cli import RECIPES, main
+from tests.cli import run_here
+from tests.contract.pieces import ROOT, recipe_names
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run the command; returns (exit status, stdout, stderr)."""
+
+    def run(*args: str) -> tuple[int | str | None, str, str]:
+        status: int | str | None = 0
+        try:
+            run_here(monkeypatch, tmp_path, *args)
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--config", "mfac/digit"], ["no packaged recipe 'mfac/digit'", "'mfac/digits'"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--trainer.max_epoch=3"], ["--trainer.max_epoch=3", "'--trainer.max_epochs'"]),
+        (["--trainer.max_epochs=x"], ["trainer.max_epochs", "int", "'x'"]),
+        (["--model.nun_classes=3"], ["'nun_classes' is not accepted", "'num_classes'"]),
+        (["--model.network.init_args.in_featurs=3"], ["model.network", "'in_featurs'", "'in_features'"]),
+        (["--model=lit_methods.supervised.SupervisedModul"], ["'SupervisedModul'", "'SupervisedModule'"]),
+        (["--data=lit_methods.datamodule.DigitsDataModule"], ["'datamodule'", "'datamodules'"]),
+        (["--model.optimizer=torch.optim.SDG"], ["model.optimizer", "'SDG'", "'SGD'"]),
+        (["--model.optimizer=lit_methods.optim.MFACK"], ["'MFACK'", "'MFAC'"]),
+        (["--model.optimizer.init_args.num_grad=3"], ["'num_grad'", "'num_grads'"]),
+        (["--model.num_classes=1"], ["num_classes must be at least 2", "got 1"]),
+        (["--model.optimizer.init_args.lr=-1"], ["configure_optimizers", "lr must be >= 0", "-1.0"]),
+        (["--data.batch_size=0"], ["batch_size=0"]),
+        (["--trainer.accelerator=quantum"], ["quantum"]),
+        (["--trainer.callbacks+=foo.Bar"], ["trainer.callbacks", "foo"]),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(command, args, parts) -> None:
+    status, _, err = command("fit", "--config", "mfac/digits", *args)
+    last = err.strip().splitlines()[-1]
+    assert status == 2
+    assert "Traceback" not in err
+    assert last.startswith("lit-methods: error: ")
+    for part in parts:
+        assert part in last
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("trainer: {max_epoch: 3}", ["trainer.max_epoch", "max_epochs"]),
+        ("trainer: {max_epochs: [3", ["parsing"]),
+        ("model: {class_path: lit_methods.supervised.Supervise}", ["'Supervise'", "'SupervisedModule'"]),
+    ],
+)
+def test_mistakes_in_a_config_file_end_in_one_clear_line(command, tmp_path, text, parts) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    status, _, err = command("fit", "--config", "mfac/digits", "--config", "bad.yaml")
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
+    for part in parts:
+        assert part in err
+
+
+def test_missing_extra_is_named(command, tmp_path, monkeypatch) -> None:
+    (tmp_path / "needy.py").write_text(
+        "from lightning.pytorch import LightningModule\n"
+        "class Needy(LightningModule):\n"
+        "    def __init__(self):\n"
+        "        raise ImportError('Needy needs transformers: pip install \"lit-methods[llm]\"')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    status, _, err = command("fit", "--model", "needy.Needy")
+    assert status == 2
+    assert err.strip().splitlines()[-1].endswith('pip install "lit-methods[llm]"')
+
+
+def test_later_errors_keep_their_traceback(command, tmp_path, monkeypatch) -> None:
+    (tmp_path / "failing.py").write_text(
+        "from lit_methods.supervised import SupervisedModule\n"
+        "class Failing(SupervisedModule):\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        raise ValueError('in the middle of training')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="in the middle of training"):
+        command("fit", "--config", "mfac/digits", "--model", "failing.Failing", "--trainer.fast_dev_run=1")
+
+
+def test_later_configs_override(command, tmp_path) -> None:
+    (tmp_path / "v1.2.yaml").write_text("trainer: {max_epochs: 7}\n")
+    status, out, _ = command("fit", "--config", "mfac/digits", "--config", "v1.2.yaml", "--print_config")
+    assert status == 0
+    assert "max_epochs: 7" in out
+
+
+def test_recipe_names_may_contain_dots(command, tmp_path, monkeypatch) -> None:
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "model-1.5b.yaml").write_text((RECIPES / "mfac" / "digits.yaml").read_text())
+    monkeypatch.setattr("lit_methods.cli.RECIPES", tmp_path)
+    status, out, _ = command("fit", "--config", "some/model-1.5b", "--print_config")
+    assert status == 0
+    assert "DigitsDataModule" in out
+
+
+def test_second_run_in_the_same_folder_works(command, tmp_path) -> None:
+    for _ in range(2):
+        status, *_ = command(
+            "fit", "--config=mfac/digits", "--trainer.max_steps=2", "--trainer.logger.init_args.version=same"
+        )
+        assert status == 0
+
+
+def test_recipes_are_listed_and_printed(command) -> None:
+    status, out, _ = command("recipes")
+    assert status == 0
+    header, *lines = out.splitlines()
+    assert header.split("  ")[0] == "recipe"
+    assert [line.split()[0] for line in lines] == recipe_names()
+    status, out, _ = command("recipes", "mfac/digits")
+    assert status == 0
+    assert out == (ROOT / "recipes" / "mfac" / "digits.yaml").read_text()
+    status, _, err = command("recipes", "mfac/digit")
+    assert status == 2
+    assert "did you mean 'mfac/digits'" in err
+
+
+def test_fit_then_test_and_predict_from_its_checkpoint(command, tmp_path) -> None:
+    assert command("fit", "--config=mfac/digits", "--trainer.max_epochs=1")[0] == 0
+    (checkpoint,) = tmp_path.glob("logs/mfac/digits/version_0/checkpoints/last.ckpt")
+    for subcommand in ("test", "predict"):
+        status, *_ = command(subcommand, "--config=mfac/digits", f"--ckpt_path={checkpoint}")
+        assert status == 0
+
+
+def test_python_m_is_the_same_command() -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", "lit_methods", "recipes"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "mfac/digits" in out
+
+
+def test_no_subcommand_is_an_error(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["lit-methods"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "subcommand" in capsys.readouterr().err
