@@ -37,3 +37,128 @@ class MLP(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, ...)`` to ``(batch, out_features)``."""
         return super().forward(x)
+
+
+class CIFARResNet(nn.Sequential):
+    """Residual network for 32x32 images, with parameter-free shortcuts (He et al. 2016, arXiv 1512.03385, §4.2).
+
+    Three stages of ``(depth - 2) / 6`` basic blocks with 16, 32 and 64 channels; depth 20 has 269,722 parameters for
+    ten classes. Convolutions have Kaiming-normal weights and no biases.
+
+    Args:
+        depth: number of layers with weights: 8, 14, 20, 26, 32, 38, 44, 50, 56 ...
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+
+    Shape:
+        ``(batch, in_channels, 32, 32)`` -> ``(batch, num_classes)``; any height and width divisible by 4 will do.
+
+    Raises:
+        ValueError: ``depth`` is not 6n + 2 with n >= 1.
+    """
+
+    def __init__(self, depth: int = 20, num_classes: int = 10, in_channels: int = 3) -> None:
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 44, 56 ...), got {depth}")
+        blocks: list[nn.Module] = []
+        channels = 16
+        for width in (16, 32, 64):
+            for _ in range((depth - 2) // 6):
+                blocks.append(_BasicBlock(channels, width))
+                channels = width
+        stem = [_conv3x3(in_channels, 16), nn.BatchNorm2d(16), nn.ReLU()]
+        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+        _initialize_convolutions(self)
+
+
+class WideResNet(nn.Sequential):
+    """Wide residual network with pre-activation blocks (Zagoruyko and Komodakis 2016, arXiv 1605.07146).
+
+    Three stages of ``(depth - 4) / 6`` blocks with 16, 32 and 64 times ``widen_factor`` channels. WRN-22-2 is
+    ``depth=22, widen_factor=2``.
+
+    Args:
+        depth: 6n + 4 with n >= 1: 10, 16, 22, 28, 34, 40 ...
+        widen_factor: multiplier of the channels, >= 1.
+        num_classes: number of outputs.
+        dropout: probability of dropping a value between the two convolutions of a block, in [0, 1).
+        in_channels: channels of the images.
+
+    Shape:
+        ``(batch, in_channels, 32, 32)`` -> ``(batch, num_classes)``; any height and width divisible by 4 will do.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        depth: int = 22,
+        widen_factor: int = 2,
+        num_classes: int = 100,
+        dropout: float = 0.0,
+        in_channels: int = 3,
+    ) -> None:
+        if depth < 10 or depth % 6 != 4:
+            raise ValueError(f"depth must be 6n + 4 with n >= 1 (16, 22, 28, 40 ...), got {depth}")
+        if widen_factor < 1:
+            raise ValueError(f"widen_factor must be at least 1, got {widen_factor}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        blocks: list[nn.Module] = []
+        channels = 16
+        for stage, width in enumerate((16 * widen_factor, 32 * widen_factor, 64 * widen_factor)):
+            for block in range((depth - 4) // 6):
+                blocks.append(_PreActivationBlock(channels, width, 2 if stage and not block else 1, dropout))
+                channels = width
+        head = [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(_conv3x3(in_channels, 16), *blocks, *head, nn.Linear(channels, num_classes))
+        _initialize_convolutions(self)
+
+
+class _BasicBlock(nn.Module):
+    """Two 3x3 convolutions; where the width grows, the shortcut takes every second pixel and pads channels with 0."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.stride = 1 if in_channels == channels else 2
+        self.padding = (channels - in_channels) // 2
+        self.conv1 = _conv3x3(in_channels, channels, self.stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        shortcut = x[..., :: self.stride, :: self.stride]
+        shortcut = nn.functional.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding))
+        return (residual + shortcut).relu()
+
+
+class _PreActivationBlock(nn.Module):
+    """Normalisation and ReLU before each of two 3x3 convolutions; a 1x1 shortcut where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = _conv3x3(in_channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _conv3x3(channels, channels)
+        same = in_channels == channels and stride == 1
+        self.shortcut = None if same else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.bn1(x).relu()
+        residual = self.conv2(self.dropout(self.bn2(self.conv1(activated)).relu()))
+        return residual + (x if self.shortcut is None else self.shortcut(activated))
+
+
+def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+
+
+def _initialize_convolutions(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

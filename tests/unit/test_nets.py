@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_methods.nets import MLP
+from lit_methods.nets import MLP, CIFARResNet, WideResNet
 
 
 def test_mlp_is_the_stated_chain_of_layers() -> None:
@@ -19,3 +19,54 @@ def test_mlp_refuses_bad_arguments() -> None:
         MLP(4, [0], 2)
     with pytest.raises(ValueError, match="activation must name"):
         MLP(4, [3], 2, activation="Relu6000")
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154)])
+def test_cifar_resnets_have_the_published_sizes(depth, parameters) -> None:
+    """0.27M and 0.46M in table 6 of He et al."""
+    net = CIFARResNet(depth)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(convolutions) == depth
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_resnet_shortcut_subsamples_and_pads() -> None:
+    block = next(m for m in CIFARResNet(8).modules() if getattr(m, "stride", None) == 2 and hasattr(m, "padding"))
+    nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
+    x = torch.rand(2, 16, 8, 8)
+    y = block.eval()(x)
+    torch.testing.assert_close(y[:, 8:24], x[..., ::2, ::2])
+    assert y[:, :8].abs().max() == y[:, 24:].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("depth", "widen", "classes", "parameters"),
+    [(40, 4, 10, 8_949_210), (16, 4, 10, 2_748_890), (40, 2, 10, 2_243_546)],
+)
+def test_wide_resnets_have_the_published_sizes(depth, widen_factor, parameters) -> None:
+    """8.9M, 2.7M and 2.2M in tables of Zagoruyko and Komodakis."""
+    net = WideResNet(depth, widen_factor, num_classes=10)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_wide_resnet_runs_and_drops_out() -> None:
+    net = WideResNet(10, 1, 7, dropout=0.5)
+    x = torch.randn(2, 3, 32, 32)
+    assert net(x).shape == (2, 7)
+    assert not torch.equal(net(x), net(x))
+    torch.testing.assert_close(net.eval()(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: CIFARResNet(21), "depth must be 6n \\+ 2.*got 21"),
+        (lambda: WideResNet(21), "depth must be 6n \\+ 4.*got 21"),
+        (lambda: WideResNet(22, 0), "widen_factor must be at least 1, got 0"),
+        (lambda: WideResNet(22, dropout=1.0), "dropout must be in"),
+    ],
+)
+def test_resnets_refuse_bad_arguments(build, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
