@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 Batch = TypeVar("Batch", bound=tuple[Tensor, ...])
 
@@ -51,6 +50,54 @@ class TensorRows(Dataset[Batch], Generic[Batch]):
         """Return row ``index`` without the batch dimension."""
         batch = self.__getitems__([index])
         return batch._make(tensor[0] for tensor in batch)  # type: ignore[attr-defined]
+
+
+class ShuffledSampler(DistributedSampler):
+    """This rank's share of a permutation of the samples, a pure function of (seed, epoch, rank); knows its place.
+
+    Every pass is a new epoch: the one that ``set_epoch`` names (Lightning calls it), else one after the last.
+    ``torchdata``'s ``StatefulDistributedSampler`` saves its place without the epoch, so that loader processes, which
+    fetch ahead before Lightning calls ``set_epoch``, resume in the order of epoch 0; and a place that was loaded at an
+    epoch's very end leaks into the next epoch. Hence this one.
+    """
+
+    def __iter__(self) -> "_Pass":
+        return _Pass(self)
+
+    def order(self, epoch: int) -> list[int]:
+        """Return this rank's samples of an epoch."""
+        self.set_epoch(epoch)
+        return list(super().__iter__())
+
+
+class _Pass(Iterator[int]):
+    """One pass of a :class:`ShuffledSampler`."""
+
+    def __init__(self, sampler: ShuffledSampler) -> None:
+        self.sampler = sampler
+        self.epoch: int | None = None
+        self.place = 0
+        self.indices: list[int] = []
+
+    def __next__(self) -> int:
+        if self.epoch is None:
+            self._begin(self.sampler.epoch)
+        if self.place == len(self.indices):
+            raise StopIteration
+        self.place += 1
+        return self.indices[self.place - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.sampler.epoch if self.epoch is None else self.epoch, "place": self.place}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._begin(state_dict["epoch"])
+        self.place = state_dict["place"]
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.indices = self.sampler.order(epoch)
+        self.sampler.set_epoch(epoch + 1)
 
 
 class UnrepeatedSampler(DistributedSampler):
@@ -122,9 +169,10 @@ class TensorDataModule(pl.LightningDataModule):
         if self.train_data is None:
             raise RuntimeError(f"{type(self).__name__} holds no training data: pass `train=`, or call `setup()` first.")
         rows = TensorRows(self.train_data, self.transform)
-        sampler = StatefulDistributedSampler(rows, *self._ranks(), shuffle=True, seed=self.seed)
+        sampler = ShuffledSampler(rows, *self._ranks(), shuffle=True, seed=self.seed)
         if self.trainer is not None:  # loader processes fetch ahead before the Trainer says which epoch it resumes
-            sampler.set_epoch(self.trainer.current_epoch)
+            epochs: Any = self.trainer.fit_loop.epoch_progress.current
+            sampler.set_epoch(epochs.processed)
         return self._loader(rows, sampler)
 
     def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_methods.batches import SupervisedBatch
-from lit_methods.callbacks import LearningCurves, ResultTable
+from lit_methods.callbacks import ExactResume, LearningCurves, ResultTable
 from lit_methods.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, TensorDataModule
 from lit_methods.nets import MLP
 from lit_methods.optim import MFAC
@@ -114,6 +114,7 @@ MODULES: dict[str, ModuleCase] = {
 }
 
 CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.ExactResume": CallbackCase(ExactResume, bad=[]),
     "lit_methods.callbacks.LearningCurves": CallbackCase(
         LearningCurves,
         bad=[
