@@ -309,6 +309,15 @@ def test_missing_gradients_are_zeros_and_shift_nothing():
     assert torch.equal(b.detach(), kept)
 
 
+def test_a_group_without_gradients_or_parameters():
+    a, b = flat_param(3), flat_param(2)
+    before = b.detach().clone()
+    optimizer = MFAC([{"params": [a]}, {"params": [b]}, {"params": []}], num_grads=4)
+    a.grad = torch.ones_like(a)
+    optimizer.step()
+    assert torch.equal(b.detach(), before)
+
+
 def test_added_group_grows_the_window_by_zero_columns():
     torch.manual_seed(14)
     a, b = flat_param(4), flat_param(3)
@@ -357,7 +366,10 @@ def test_maximize_is_descent_on_the_negated_loss():
 
 def make_net(dtype=torch.float32) -> nn.Sequential:
     torch.manual_seed(16)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    with torch.no_grad():
+        net[0].weight[:, 1] = 0.0
+    return net
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -405,6 +417,8 @@ VARIANTS = {
     "filled": {"window_scale": "filled"},
     "bfloat16": {"history_dtype": "bfloat16"},
     "float16": {"history_dtype": "float16", "momentum": 0.5},
+    "on host": {"history_device": "cpu", "momentum": 0.9},
+    "zeros excluded": {"exclude_zero_weights": True, "momentum": 0.9},
 }
 
 
@@ -429,9 +443,11 @@ def test_resume_is_bitwise(variant, dtype):
     train(other, resumed, range(7, 12))
     for p, q in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
-    for key, value in optimizer.state["mfac"].items():
-        assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed.state["mfac"][key])), key
-        assert torch.as_tensor(value).dtype == torch.as_tensor(resumed.state["mfac"][key]).dtype
+    state, resumed_state = optimizer.state_dict()["state"]["mfac"], resumed.state_dict()["state"]["mfac"]
+    assert set(state) == set(resumed_state)
+    for key, value in state.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(resumed_state[key])), key
+        assert torch.as_tensor(value).dtype == torch.as_tensor(resumed_state[key]).dtype
 
 
 def test_loaded_state_is_a_copy():
@@ -508,6 +524,129 @@ def test_noncontiguous_parameters():
     assert torch.equal(p.detach().contiguous(), q.detach())
 
 
+@pytest.mark.parametrize("extra", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}])
+def test_excluded_zero_weights_are_frozen_and_not_stored(extra):
+    torch.manual_seed(18)
+    p, kept = nn.Parameter(torch.tensor([1.0, 0.0, 2.0, 0.0, 3.0]).double()), [0, 2, 4]
+    q = nn.Parameter(p.detach()[kept].clone())
+    options = {"lr": 0.1, "num_grads": 3, "damping": 0.1, "momentum": 0.5, **extra}
+    optimizer, dense = MFAC([p], exclude_zero_weights=True, **options), MFAC([q], **options)
+    for _ in range(5):
+        p.grad = torch.randn(5, dtype=torch.float64)
+        q.grad = p.grad[kept].clone()
+        optimizer.step()
+        dense.step()
+    assert optimizer.state["mfac"]["history"].shape == (3, 3)
+    assert p[1] == p[3] == 0.0
+    torch.testing.assert_close(p.detach()[kept], q.detach())
+
+    added = nn.Parameter(torch.tensor([0.0, 1.0]).double())  # its zero is excluded too
+    optimizer.add_param_group({"params": [added]})
+    p.grad, added.grad = torch.randn(5, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    optimizer.step()
+    assert optimizer.state["mfac"]["history"].shape == (3, 4)
+    assert added[0] == 0.0
+    assert added[1] != 1.0
+
+    for exclude in (True, False):  # the checkpoint decides what is excluded
+        r = nn.Parameter(torch.full((5,), 7.0).double())
+        resumed = MFAC([{"params": [r]}, {"params": [nn.Parameter(added.detach())]}], exclude_zero_weights=exclude)
+        resumed.load_state_dict(optimizer.state_dict())
+        resumed.param_groups[0]["weight_decay"] = 0.0
+        r.grad = torch.ones(5, dtype=torch.float64)
+        resumed.step()
+        assert torch.equal(r == 7.0, torch.tensor([False, True, False, True, False]))
+    full = MFAC([nn.Parameter(torch.ones(5))])
+    full.param_groups[0]["params"][0].grad = torch.ones(5)
+    full.step()
+    excluding = MFAC([nn.Parameter(torch.zeros(5))], exclude_zero_weights=True)
+    excluding.load_state_dict(full.state_dict())
+    excluding.param_groups[0]["params"][0].grad = torch.ones(5)
+    excluding.step()
+    assert excluding.state["mfac"]["history"].shape[1] == 5
+
+
+def test_host_window_stays_when_lightning_moves_states():
+    """Lightning moves every tensor in ``optimizer.state`` after loading; "meta" stands in for an accelerator."""
+    from lightning.fabric.utilities.optimizer import _optimizer_to_device
+
+    for options, device in (({"history_device": "cpu"}, "cpu"), ({}, "meta")):
+        net = make_net()
+        optimizer = MFAC(net.parameters(), num_grads=3, **options)
+        train(net, optimizer, range(2))
+        _optimizer_to_device(optimizer, torch.device("meta"))
+        assert optimizer.state_dict()["state"]["mfac"]["history"].device.type == device
+
+
+def test_without_saved_history_the_window_restarts():
+    net = make_net()
+    optimizer = MFAC(net.parameters(), num_grads=3, momentum=0.9, save_history=False)
+    train(net, optimizer, range(5))
+    saved = optimizer.state_dict()
+    assert set(saved["state"]["mfac"]) == {"momentum_buffer"}
+    resumed = MFAC(net.parameters(), num_grads=3, momentum=0.9, save_history=False)
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.state["mfac"]["momentum_buffer"], optimizer.state["mfac"]["momentum_buffer"])
+    train(net, resumed, range(5, 6))
+    assert resumed.state["mfac"]["count"] == 1
+
+
+def test_too_large_a_window_is_refused_with_its_size_and_the_cures(monkeypatch):
+    monkeypatch.setattr("lit_methods.optim.mfac._free_bytes", lambda device: 10_000)
+    p = nn.Parameter(torch.zeros(1000))
+    p.grad = torch.ones(1000)
+    with pytest.raises(
+        MemoryError, match=r"4096000 bytes .* 10000 are free; lower num_grads, or use .*bfloat16.*cpu.*shard"
+    ):
+        MFAC([p]).step()
+    MFAC([p], num_grads=2).step()
+
+
+def test_free_memory_is_known_here():
+    from lit_methods.optim.mfac import _free_bytes
+
+    assert (_free_bytes(torch.device("cpu")) or 2**40) > 2**20
+    assert _free_bytes(torch.device("meta")) is None
+
+
+def test_momentum_switched_on_by_a_scheduler():
+    net = make_net()
+    optimizer = MFAC(net.parameters(), lr=1e-2, num_grads=3)
+    train(net, optimizer, range(2))
+    assert "momentum_buffer" not in optimizer.state["mfac"]
+    optimizer.param_groups[0]["momentum"] = 0.9
+    train(net, optimizer, range(2, 4))
+    assert optimizer.state["mfac"]["momentum_buffer"].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("solver", ["cholesky", "rank2"])
+def test_damping_may_change_during_training(solver):
+    torch.manual_seed(19)
+    p = flat_param(6)
+    optimizer = MFAC([p], lr=1.0, num_grads=4, damping=1.0, solver=solver)
+    rows = []
+    for t in range(6):
+        optimizer.param_groups[0]["damping"] = damping = 0.1 * (t + 1)
+        rows.append(torch.randn(6, dtype=torch.float64))
+        p.grad = rows[-1].clone()
+        before = p.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(before - p.detach(), dense_direction(rows[-4:], rows[-1], 4, damping))
+
+
+@pytest.mark.parametrize("sizes", [(2**15 + 100, 3), (70_000, 2)])
+@pytest.mark.parametrize("history_dtype", [None, "bfloat16"])
+def test_windows_wider_than_a_chunk(sizes, history_dtype):
+    """The two passes run over column chunks; here there are several."""
+    torch.manual_seed(20)
+    d, m = sizes
+    grads = [torch.randn(d).bfloat16().float() for _ in range(m)]
+    u = directions(grads, num_grads=m, damping=1.0, history_dtype=history_dtype)[-1]
+    G = torch.stack(grads).double()
+    weights = torch.linalg.solve(m * torch.eye(m).double() + G @ G.T, torch.eye(m).double()[-1])
+    torch.testing.assert_close(u.double(), m * weights @ G, rtol=1e-5, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -560,7 +699,8 @@ def test_cuda_agrees_with_cpu_without_host_synchronisation(variant):
             next(net.parameters()).grad.fill_(math.nan)
             next(device_net.parameters()).grad.fill_(math.nan)
         optimizer.step()
-        torch.cuda.set_sync_debug_mode("error" if t else "default")  # the first step allocates
+        free = t and "history_device" not in options  # the first step allocates
+        torch.cuda.set_sync_debug_mode("error" if free else "default")
         try:
             device_optimizer.step()
         finally:
