@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["FlatLayout", "by_column", "by_parameter", "is_dtensor", "local_grad", "local_tensor"]
-
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is a DTensor (without importing ``torch.distributed.tensor``, which takes a second)."""

@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["dot_rows", "precondition", "sum_rows"]
-
 
 def precondition(
     gradient: Tensor,

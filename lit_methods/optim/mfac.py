@@ -57,7 +57,8 @@ class MFAC(Optimizer):
     therefore at least 16 eps sqrt(m) |g|^2, the size of that noise; at smaller dampings the system would not even be
     positive definite. In float64 this never matters.
 
-    Parameters whose gradient is ``None`` contribute zeros; when no parameter has one, the step does nothing. A group
+    Parameters whose gradient is ``None`` contribute zeros and stay where they are, without decay; when no parameter has
+    a gradient, the step does nothing. A group
     added later extends the window by zero columns. Loading a checkpoint restores ``num_grads``, ``damping``,
     ``window_scale``, ``solver`` and the excluded weights with the other hyperparameters; the ``history_*`` and
     ``*_history`` arguments are those of the constructor.
@@ -412,19 +413,20 @@ class MFAC(Optimizer):
                 raise RuntimeError("MFAC needs dense gradients; build the embedding with sparse=False")
             if any(p.grad is None for p in params):
                 layout.flat[start:stop].zero_()
-            present = [(view, local_grad(p)) for view, p in zip(views, params, strict=True) if p.grad is not None]
-            _copy_([view for view, _ in present], [grad for _, grad in present], foreach)
+            present = _with_gradient(params, views)
+            _copy_([view for _, view in present], [local_grad(p) for p, _ in present], foreach)
             if group["maximize"]:
                 layout.flat[start:stop].neg_()
             if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                _add_(views, [local_tensor(p) for p in params], group["weight_decay"], foreach)
+                _add_([v for _, v in present], [local_tensor(p) for p, _ in present], group["weight_decay"], foreach)
         if layout.kept is not None:
             torch.index_select(layout.flat, 0, layout.kept, out=layout.packed[: layout.columns])
 
     def _apply(self, layout: FlatLayout, window: dict[str, Any], accepted: Tensor) -> None:
         """Move the parameters along ``layout.flat``, or nowhere (and leave the momentum) when not ``accepted``."""
         for group, (start, stop), views in zip(self.param_groups, layout.bounds, layout.views, strict=True):
-            params = [local_tensor(p) for p in group["params"]]
+            present = _with_gradient(group["params"], views)
+            params, changes = [local_tensor(p) for p, _ in present], [view for _, view in present]
             update = layout.flat[start:stop]
             gate = accepted.to(update)
             if group["momentum"]:
@@ -434,9 +436,13 @@ class MFAC(Optimizer):
                 velocity.lerp_(update, (1 - group["momentum"]) * gate)
                 update.copy_(velocity)
             if group["weight_decay"] and group["decoupled_weight_decay"]:
-                _add_(views, params, group["weight_decay"], group["foreach"])
+                _add_(changes, params, group["weight_decay"], group["foreach"])
             update.mul_(gate * -group["lr"])
-            _add_(params, views, 1.0, group["foreach"])
+            _add_(params, changes, 1.0, group["foreach"])
+
+
+def _with_gradient(params: list[Any], views: list[Tensor]) -> list[tuple[Any, Tensor]]:
+    return [(p, view) for p, view in zip(params, views, strict=True) if p.grad is not None]
 
 
 class _OnHost:
