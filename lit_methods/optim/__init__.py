@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from lit_methods.optim.fisher_inverse import FisherInverse, collect_gradients
     from lit_methods.optim.mfac import MFAC
 
-__all__ = ["MFAC"]
+__all__ = ["MFAC", "FisherInverse", "collect_gradients"]
 
-__getattr__, __dir__ = lazy_exports(__name__, {"MFAC": "mfac"})
+__getattr__, __dir__ = lazy_exports(
+    __name__, {"MFAC": "mfac", "FisherInverse": "fisher_inverse", "collect_gradients": "fisher_inverse"}
+)

@@ -4,7 +4,8 @@
 reads a value back to the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+@contextmanager
+def full_precision_products() -> Iterator[None]:
+    """No TF32 or bfloat16 inside float32 products, whatever precision the user chose for the network."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@full_precision_products()
 def precondition(
     gradient: Tensor,
     window: dict[str, Any],
