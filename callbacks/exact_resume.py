@@ -1,5 +1,6 @@
 """Resuming that cannot be told from never having stopped."""
 
+import os
 import random
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
@@ -40,7 +42,8 @@ class ExactResume(Callback):
     - written before a validation within an epoch: that validation is left out;
     - ``configure_optimizers`` asks for ``estimated_stepping_batches``: the epoch starts anew with the loader;
     - loaders have worker processes: they fetch ahead in the order of epoch 0;
-    - ``ReduceLROnPlateau``: not stepped at the end of the resumed epoch.
+    - ``ReduceLROnPlateau``: not stepped at the end of the resumed epoch;
+    - ``ModelCheckpoint`` in a new log folder forgets which models were the best so far (their files must still exist).
 
     What it needs from you (our datamodules and recipes have it; it warns when it sees that something is missing):
 
@@ -81,6 +84,7 @@ class ExactResume(Callback):
         """Pick this rank's state and tell Lightning's loops where the checkpoint was written."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        _keep_best_models(trainer, checkpoint)
         state = checkpoint["callbacks"].get(self.state_key)
         if state is None:
             rank_zero_warn("The checkpoint was written without ExactResume: the resumed run will differ.")
@@ -274,6 +278,13 @@ def _resume_loops(trainer: Trainer, where: str, loader_states: list[Any]) -> Non
         for loader, state in zip(stateful, loader_states, strict=True):
             loader.load_state_dict(state)
         iter(fetcher)
+
+
+def _keep_best_models(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    for callback in trainer.checkpoint_callbacks:
+        state = checkpoint["callbacks"].get(callback.state_key)
+        if isinstance(callback, ModelCheckpoint) and state and all(map(os.path.exists, state["best_k_models"])):
+            state["dirpath"] = callback.dirpath  # which is what it compares
 
 
 def _train_loaders(trainer: Trainer) -> list[Any]:

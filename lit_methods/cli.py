@@ -8,6 +8,7 @@ import pkgutil
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import chain
@@ -31,6 +32,7 @@ def main() -> None:
     if sys.argv[1:2] == ["recipes"]:
         show_recipes()
         return
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 beside torch 2.13
     try:
         LitMethodsCLI()
     except SETUP_ERRORS as error:

@@ -397,3 +397,32 @@ def test_testing_restores_nothing(tmp_path):
     torch.manual_seed(5)
     trainer.validate(trainer.lightning_module, datamodule=make_data(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
     assert torch.rand(()) == expected
+
+
+class Scripted(Probe):
+    """Its validation loss is given per epoch."""
+
+    losses = (0.5, 0.1, 0.4, 0.3)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.losses[self.current_epoch])
+
+
+@pytest.mark.parametrize("files_exist", [True, False])
+def test_best_model_is_remembered_in_a_new_folder(tmp_path, files_exist):
+    def fit(folder: str, epochs: int, ckpt_path: Path | None = None) -> ModelCheckpoint:
+        checkpoint = ModelCheckpoint(tmp_path / folder, "{epoch}", monitor="val_loss", save_last=True)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = pl.Trainer(
+            **quiet, max_epochs=epochs, callbacks=[ExactResume(), checkpoint], use_distributed_sampler=False
+        )
+        rows = SupervisedBatch(torch.arange(8.0)[:, None], torch.arange(8))
+        trainer.fit(Scripted(), TensorDataModule(train=rows, val=rows, batch_size=4), ckpt_path=ckpt_path)
+        return checkpoint
+
+    fit("old", 3)
+    if not files_exist:
+        (tmp_path / "old" / "epoch=1.ckpt").unlink()
+    resumed = fit("new", 4, tmp_path / "old" / "last.ckpt")
+    best = tmp_path / ("old/epoch=1.ckpt" if files_exist else "new/epoch=3.ckpt")
+    assert resumed.best_model_path == str(best)
