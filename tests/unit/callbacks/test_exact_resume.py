@@ -243,7 +243,7 @@ class DrawsInStepsOnly(Probe):
 @pytest.mark.parametrize(("steps", "when"), [(4, {}), (12, {}), (16, AT_EPOCH_ENDS), (6, AT_EPOCH_ENDS)])
 def test_longer_than_first_thought(tmp_path, steps, when):
     """``max_steps`` ended a run, also within an epoch; ``max_steps`` is raised and the run goes on."""
-    whole, _, _ = run(tmp_path, make_data(), probe=DrawsInStepsOnly, max_steps=18)
+    whole, log, _ = run(tmp_path, make_data(), probe=DrawsInStepsOnly, max_steps=18)
     checkpoint = Bookmark(tmp_path / "short", **when) if when else None
     short, _, trainer = run(tmp_path, make_data(), checkpoint, probe=DrawsInStepsOnly, max_steps=steps)
     if checkpoint is not None:
@@ -252,8 +252,10 @@ def test_longer_than_first_thought(tmp_path, steps, when):
         torch.rand(3)  # what happens after training is not part of it
         path = str(tmp_path / "after_fit.ckpt")
         trainer.save_checkpoint(path)
-    resumed, _, _ = run(tmp_path, make_data(), resume=path, probe=DrawsInStepsOnly, max_steps=18)
+    resumed, resumed_log, _ = run(tmp_path, make_data(), resume=path, probe=DrawsInStepsOnly, max_steps=18)
     assert [*short.events, *resumed.events] == whole.events
+    losses = [line for line in log.lines if line[1] == "loss_step"]
+    assert [line for line in resumed_log.lines if line[1] == "loss_step"] == losses[steps:]
     assert_same_end(resumed, whole)
 
 
