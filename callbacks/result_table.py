@@ -1,10 +1,11 @@
 """The numbers a run ends with."""
 
-from copy import copy
 from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_methods.callbacks.evaluation import evaluate_after_fit
 
 
 class ResultTable(Callback):
@@ -29,13 +30,7 @@ class ResultTable(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate and print."""
         checkpoint = next((c.best_model_path for c in _checkpoints(trainer) if c.monitor and c.best_model_path), None)
-        state = copy(trainer.state)  # the evaluation below is a run of its own; fit still has to tear down
-        evaluate = trainer.test if self.stage == "test" else trainer.validate
-        metrics = evaluate(
-            pl_module, datamodule=getattr(trainer, "datamodule", None), ckpt_path=checkpoint, verbose=False
-        )
-        trainer.state = state
-        self.results = {name: value for per_loader in metrics for name, value in per_loader.items()}
+        self.results = evaluate_after_fit(trainer, pl_module, self.stage, checkpoint)
         if trainer.is_global_zero:
             width = max(map(len, self.results))
             lines = [f"{metric:<{width}}  {value:.4f}" for metric, value in sorted(self.results.items())]
