@@ -7,9 +7,16 @@ from lit_methods._lazy import lazy_exports
 if TYPE_CHECKING:
     from lit_methods.optim.fisher_inverse import FisherInverse, collect_gradients
     from lit_methods.optim.mfac import MFAC
+    from lit_methods.optim.schedules import PiecewiseConstantLR
 
-__all__ = ["MFAC", "FisherInverse", "collect_gradients"]
+__all__ = ["MFAC", "FisherInverse", "PiecewiseConstantLR", "collect_gradients"]
 
 __getattr__, __dir__ = lazy_exports(
-    __name__, {"MFAC": "mfac", "FisherInverse": "fisher_inverse", "collect_gradients": "fisher_inverse"}
+    __name__,
+    {
+        "FisherInverse": "fisher_inverse",
+        "MFAC": "mfac",
+        "PiecewiseConstantLR": "schedules",
+        "collect_gradients": "fisher_inverse",
+    },
 )

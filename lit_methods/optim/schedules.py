@@ -1,0 +1,26 @@
+"""Learning rate schedules that torch lacks."""
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class PiecewiseConstantLR(LambdaLR):
+    """Each group's initial learning rate times a factor that changes at given steps, up or down.
+
+    Args:
+        optimizer: whose learning rates are set.
+        factors: step of the schedule (usually an epoch, >= 0) -> factor (>= 0) from then on; before the first it is 1.
+
+    Raises:
+        ValueError: a negative step or factor.
+    """
+
+    def __init__(self, optimizer: Optimizer, factors: dict[int, float]) -> None:
+        if any(step < 0 or factor < 0 for step, factor in factors.items()):
+            raise ValueError(f"factors must map steps >= 0 to factors >= 0, got {factors}")
+        changes = sorted(factors.items())
+
+        def factor_at(now: int) -> float:
+            return next((factor for step, factor in reversed(changes) if step <= now), 1.0)
+
+        super().__init__(optimizer, factor_at)
