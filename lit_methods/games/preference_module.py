@@ -51,11 +51,13 @@ class PreferenceGame(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
+        if not beta > 0:
+            raise ValueError(f"beta={beta} must be positive")
         self.beta = beta
         self.eta = 2.0 * beta if eta is None else eta
         if not self.eta > 0:
             raise ValueError(f"eta={self.eta} must be positive")
-        if beta > 0 and not 0 < nash_md_eta * beta <= 1:
+        if not 0 < nash_md_eta * beta <= 1:
             raise ValueError(f"nash_md_eta={nash_md_eta} must be in (0, 1 / beta] = (0, {1 / beta}]")
         self.nash_md_eta = nash_md_eta
         self.num_iterations = num_iterations
