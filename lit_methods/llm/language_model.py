@@ -88,7 +88,9 @@ class LanguageModel(nn.Module):
             return False
         if layer.weight.is_meta:
             return True
-        tokens = torch.arange(4, device=layer.weight.device).unsqueeze(0) % self.base.config.get_text_config().vocab_size
+        tokens = (
+            torch.arange(4, device=layer.weight.device).unsqueeze(0) % self.base.config.get_text_config().vocab_size
+        )
         training = self.lm.training
         self.lm.eval()
         ours, _ = chunked_logprobs(self._hidden(tokens, None)[0, :-1], self.head(), tokens[0, 1:])
@@ -112,9 +114,7 @@ class LanguageModel(nn.Module):
         )
         return output.last_hidden_state
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the last ``length`` tokens of every row.
 
         Args:
@@ -366,3 +366,60 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def add_adapters(lm: nn.Module, lora: dict[str, Any], names: list[str]) -> nn.Module:
+    """A peft model with the trained adapter ``default`` and equal frozen ones; their log-ratios start at zero."""
+    try:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('LoRA needs peft: pip install "lit-methods[llm]"') from error
+    if getattr(lm, "is_loaded_in_4bit", False):
+        lm = prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False)
+    model = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **lora))  # type: ignore[arg-type]
+    state = dict(model.named_parameters())
+    for name in names:
+        model.add_adapter(name, LoraConfig(task_type="CAUSAL_LM", **lora))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            for name in names:
+                if f".{name}." in path and "lora_" in path:
+                    parameter.copy_(state[path.replace(f".{name}.", ".default.")]).requires_grad_(False)
+    model.set_adapter("default")
+    return model
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, responses: list[str], pad_token_id: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Tokens of wanted responses with the end of sequence, padded on the right, and their mask, ``(rows, length)``."""
+    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in responses]
+    length = max(len(row) for row in rows)
+    tokens = torch.tensor([row + [pad_token_id] * (length - len(row)) for row in rows])
+    mask = torch.arange(length) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return tokens.to(device), mask.to(device)
+
+
+def leave_out(checkpoint: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Take weights that can be loaded again out of a checkpoint, which then holds their hash instead."""
+    checkpoint["base_weights_hash"] = weights_hash(weights) if weights else None
+    checkpoint["state_dict"] = {
+        name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in weights
+    }
+
+
+def complete(checkpoint: dict[str, Any], weights: Mapping[str, Tensor], source: object) -> None:
+    """Put weights back that :func:`leave_out` took out.
+
+    Raises:
+        ValueError: if they are not the same weights.
+    """
+    expected = checkpoint["base_weights_hash"]
+    if expected is None:
+        return
+    if weights_hash(weights) != expected:
+        raise ValueError(
+            f"the checkpoint leaves out base weights, and those of model={source!r} are not the ones it was trained on; "
+            "give the same model"
+        )
+    checkpoint["state_dict"] = {**weights, **checkpoint["state_dict"]}

@@ -154,9 +154,7 @@ def _sample(
         positions = positions + 1
         if attention is not None:
             attention = torch.nn.functional.pad(attention, (0, 1), value=1)
-        logits, _ = _mixed_logits(
-            players, drawn.unsqueeze(1), attention, positions, caches, generation.temperature
-        )
+        logits, _ = _mixed_logits(players, drawn.unsqueeze(1), attention, positions, caches, generation.temperature)
     return tokens
 
 

@@ -40,7 +40,9 @@ def game() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return pref, ref, target, opponent, MASK[DISTINCT]
 
 
-def exact_gradient(pref: Tensor, ref: Tensor, target: Tensor, opponent: Tensor | None, beta: float, eta: float) -> Tensor:
+def exact_gradient(
+    pref: Tensor, ref: Tensor, target: Tensor, opponent: Tensor | None, beta: float, eta: float
+) -> Tensor:
     logits = tuple(part.requires_grad_() for part in model(0))
     logps = token_logps(logits).sum(1)
     probs = logps.exp()
