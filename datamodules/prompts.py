@@ -1,17 +1,19 @@
 """Prompts for language models from JSONL, Parquet or text files, from a list, or from the hub."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from lit_methods.batches import Prompt, PromptBatch
+from lit_methods.datamodules.tensors import UnrepeatedSampler, check_int
 
 Row = tuple[Prompt, str, int]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -62,26 +64,21 @@ class PromptDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or (val_batch_size is not None and val_batch_size < 1):
-            raise ValueError(f"batch_size and val_batch_size must be 1 or more, got {batch_size} and {val_batch_size}")
-        if val_size < 0:
-            raise ValueError(f"val_size must be 0 or more, got {val_size}")
         if system is not None and not chat:
-            raise ValueError("system needs chat=True: plain prompts have no system message")
-        self.save_hyperparameters(ignore=["train", "val"])
+            raise ValueError(f"Invalid system={system!r}: plain prompts have no system message; set chat=True.")
         self.train = train
         self.val = val
-        self.val_size = val_size
+        self.val_size = check_int("val_size", val_size, 0)
         self.chat = chat
         self.system = system
         self.prompt_column = prompt_column
         self.response_column = response_column
         self.split = split
         self.val_split = val_split
-        self.batch_size = batch_size
-        self.val_batch_size = val_batch_size or batch_size
-        self.num_workers = num_workers
-        self.seed = seed
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.val_batch_size = batch_size if val_batch_size is None else check_int("val_batch_size", val_batch_size, 1)
+        self.num_workers = check_int("num_workers", num_workers, 0)
+        self.seed = check_int("seed", seed, 0)
         self.train_rows: list[Row] = []
         self.val_rows: list[Row] = []
 
@@ -100,40 +97,58 @@ class PromptDataModule(LightningDataModule):
             self.val_rows = self._read(self.val, self.val_split)
         elif self.val_size:
             if self.val_size >= len(rows):
-                raise ValueError(f"val_size={self.val_size} must be below the {len(rows)} rows of train")
+                raise ValueError(f"Invalid val_size={self.val_size}: must be < {len(rows)}, the rows of train.")
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
             self.val_rows = [rows[index] for index in sorted(order[: self.val_size])]
             rows = [rows[index] for index in sorted(order[self.val_size :])]
         self.train_rows = rows
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled prompts; this rank's share."""
-        return self._loader(self.train_rows, self.batch_size, shuffle=True)
+        """Shuffled prompts; this rank's share. Rows that fill no batch are left out, others each epoch."""
+        world_size, rank = self._ranks()
+        if len(self.train_rows) // world_size < self.batch_size:
+            raise ValueError(
+                f"Invalid batch_size={self.batch_size}: must be <= {len(self.train_rows) // world_size}, the training "
+                "rows of each rank."
+            )
+        rows = _Rows(self.train_rows)
+        sampler = StatefulDistributedSampler(rows, world_size, rank, shuffle=True, seed=self.seed, drop_last=True)
+        if self.trainer is not None:  # loader processes fetch ahead before the Trainer says which epoch it resumes
+            sampler.set_epoch(self.trainer.current_epoch)
+        return self._loader(rows, sampler, self.batch_size, drop_last=True)
 
-    def val_dataloader(self) -> StatefulDataLoader | list[Any]:
-        """Held-out prompts in order; this rank's share."""
-        return self._loader(self.val_rows, self.val_batch_size, shuffle=False) if self.val_rows else []
+    def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+        """Held-out prompts in order, each once; this rank's share."""
+        if not self.val_rows:
+            return []
+        rows = _Rows(self.val_rows)
+        return self._loader(rows, UnrepeatedSampler(rows, *self._ranks()), self.val_batch_size, drop_last=False)
 
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
+    def test_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+        """The held-out prompts."""
+        return self.val_dataloader()
 
-    def _loader(self, rows: list[Row], batch_size: int, shuffle: bool) -> StatefulDataLoader:
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        if shuffle and len(rows) // world_size < batch_size:
-            raise ValueError(f"batch_size={batch_size} must be at most the {len(rows) // world_size} rows of each rank")
-        data = _Rows(rows)
-        sampler = StatefulDistributedSampler(
-            data, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=self.seed, drop_last=shuffle
-        )
-        return StatefulDataLoader(
-            data,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate_prompts,
-            drop_last=shuffle,
-            persistent_workers=self.num_workers > 0,
-        )
+    def predict_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
+        """The held-out prompts."""
+        return self.val_dataloader()
+
+    def _ranks(self) -> tuple[int, int]:
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _loader(
+        self, rows: "_Rows", sampler: DistributedSampler[Row], batch_size: int, drop_last: bool
+    ) -> StatefulDataLoader:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital'")  # torchdata 0.11 calls what torch 2.13 deprecates
+            return StatefulDataLoader(
+                rows,
+                batch_size=batch_size,
+                sampler=sampler,
+                num_workers=self.num_workers,
+                collate_fn=collate_prompts,
+                drop_last=drop_last,
+                generator=torch.Generator().manual_seed(self.seed),  # else each epoch draws from the global generator
+            )
 
     def _read(self, source: str | list[Any], split: str) -> list[Row]:
         if isinstance(source, str):

@@ -3,6 +3,7 @@
 import torch
 
 from lit_methods.datamodules.prompts import PromptDataModule
+from lit_methods.datamodules.tensors import check_int
 
 CLASSES = ("a", "b", "c", "x")
 
@@ -20,6 +21,7 @@ class WordGameDataModule(PromptDataModule):
         batch_size: prompts per training batch and rank.
         val_size: held-out rows.
         val_batch_size: prompts per validation batch and rank.
+        num_workers: loader processes.
         seed: seed of rows, held-out rows and order.
 
     Raises:
@@ -33,10 +35,13 @@ class WordGameDataModule(PromptDataModule):
         batch_size: int = 16,
         val_size: int = 256,
         val_batch_size: int | None = 256,
+        num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         if len(shares) != 4 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"shares must be four probabilities that sum to 1, got {shares}")
+            raise ValueError(f"Invalid shares={shares}: must be four probabilities that sum to 1.")
+        check_int("num_rows", num_rows, 1)
+        check_int("seed", seed, 0)
         generator = torch.Generator().manual_seed(seed)
 
         def draw(high: int) -> int:
@@ -48,4 +53,11 @@ class WordGameDataModule(PromptDataModule):
             classes = torch.multinomial(torch.tensor(shares), 3 + draw(7), replacement=True, generator=generator)
             response = " ".join(f"{CLASSES[kind]}{draw(5 if kind == 3 else 7)}" for kind in classes)
             rows.append({"prompt": prompt, "response": response})
-        super().__init__(rows, batch_size=batch_size, val_size=val_size, val_batch_size=val_batch_size, seed=seed)
+        super().__init__(
+            rows,
+            batch_size=batch_size,
+            val_size=val_size,
+            val_batch_size=val_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )

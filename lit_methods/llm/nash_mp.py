@@ -3,11 +3,11 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_methods.batches import Prompt, PromptBatch
 from lit_methods.hyperparameters import live_arguments
-from lit_methods.llm.judges import PairwiseJudge, query_judge
+from lit_methods.llm.judges import query_judge
 from lit_methods.llm.language_model import (
     EncodedPrompts,
     LanguageModel,
@@ -73,7 +73,8 @@ class NashMP(LightningModule):
     Args:
         model: folder or hub id of a causal language model; configuration fields with ``model_type`` for random weights;
             or a ``transformers`` model.
-        judge: who prefers what, see :mod:`lit_methods.llm.judges`.
+        judge: who prefers what: a :class:`~lit_methods.llm.judges.PairwiseJudge`, such as those of
+            :mod:`lit_methods.llm.judges`.
         tokenizer: folder, hub id, ``{"words": [...]}`` or a tokenizer; default: that of ``model``.
         mode: driver of the outer loop.
         opponent: who the policy plays in ``mode="prox"``: its other samples of the same prompt (``"group"``), separate
@@ -117,7 +118,7 @@ class NashMP(LightningModule):
     def __init__(
         self,
         model: str | dict[str, Any] | PreTrainedModel,
-        judge: PairwiseJudge,
+        judge: Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], Any],
         tokenizer: str | dict[str, Any] | PreTrainedTokenizerBase | None = None,
         mode: Literal["prox", "mirror_prox"] = "prox",
         opponent: Opponent = "group",
@@ -251,7 +252,7 @@ class NashMP(LightningModule):
         if self.lora is None:
             lm.requires_grad_(True)
             for name in ["reference", *self.frozen_players]:
-                self.frozen[name] = self._wrap(deepcopy(lm)).requires_grad_(False).eval()
+                self.frozen[name] = self._wrap(deepcopy(lm)).requires_grad_(False)
         else:
             lm = add_adapters(lm, self.lora, self.frozen_players)
         self.policy = self._wrap(lm)
@@ -305,12 +306,6 @@ class NashMP(LightningModule):
         self.base_changed = True
         for name in self.frozen_players if self.lora is not None else list(self.frozen):
             self.move_player(name)
-
-    def train(self, mode: bool = True) -> Self:
-        """Frozen players stay in evaluation mode."""
-        super().train(mode)
-        self.frozen.eval()
-        return self
 
     # ---------------------------------------------------------------- one step
 
@@ -462,14 +457,13 @@ class NashMP(LightningModule):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode: no gradient checkpointing, so that decoding may use its cache."""
-        assert self.policy is not None
-        training = self.policy.training
-        self.policy.eval()
+        """Evaluation mode of all players: no gradient checkpointing, so that decoding may use its cache."""
+        training = self.training
+        self.eval()
         try:
             yield
         finally:
-            self.policy.train(training)
+            self.train(training)
 
     def _response_mask(self, responses: Tensor) -> Tensor:
         return response_mask(responses, self.generation.eos_token_ids)
