@@ -258,7 +258,8 @@ class NashMP(LightningModule):
         self.policy = self._wrap(lm)
 
     def _wrap(self, lm: nn.Module) -> LanguageModel:
-        return LanguageModel(lm, temperature=self.generation.temperature, chunk_size=self.logprob_chunk_size)
+        model = LanguageModel(lm, temperature=self.generation.temperature, chunk_size=self.logprob_chunk_size)
+        return model.train()  # as Lightning expects it; from_pretrained gives evaluation mode
 
     @contextmanager
     def player(self, name: str) -> Iterator[LanguageModel]:

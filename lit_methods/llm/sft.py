@@ -88,7 +88,8 @@ class SupervisedFineTuning(LightningModule):
         lm: nn.Module = load_causal_lm(self._model, **self._loading)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        self.policy = LanguageModel(lm.requires_grad_(True) if self.lora is None else add_adapters(lm, self.lora, []))
+        lm = lm.requires_grad_(True) if self.lora is None else add_adapters(lm, self.lora, [])
+        self.policy = LanguageModel(lm).train()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Mean negative log-probability of the response tokens."""
