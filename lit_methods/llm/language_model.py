@@ -216,7 +216,7 @@ def load_causal_lm(
     """Load a causal language model, or build one with random weights.
 
     Args:
-        model: a local folder or hub id; a mapping of configuration fields with ``model_type`` (random weights); or a
+        model: a local folder (of a model or an adapter) or hub id; a mapping of configuration fields with ``model_type`` (random weights); or a
             model, which is returned as it is.
         architecture: what the configuration of a loaded model must say; checked before its weights are read.
         dtype: storage type of the weights.
@@ -232,11 +232,11 @@ def load_causal_lm(
     torch_dtype = getattr(torch, dtype)
     if isinstance(model, Mapping):
         return AutoModelForCausalLM.from_config(build_config(model), dtype=torch_dtype, **options)
-    config = AutoConfig.from_pretrained(model)
-    found = config.to_dict()
-    for key, expected in (architecture or {}).items():
-        if key != "model_type" and found.get(key) != expected:
-            raise ValueError(f"architecture says {key}={expected!r}, but {model} has {found.get(key)!r}")
+    if architecture:
+        found = AutoConfig.from_pretrained(model).to_dict()
+        for key, expected in architecture.items():
+            if found.get(key) != expected:
+                raise ValueError(f"architecture says {key}={expected!r}, but {model} has {found.get(key)!r}")
     if load_in_4bit:
         from transformers import BitsAndBytesConfig
 
