@@ -42,3 +42,16 @@ def save_tiny(folder: Path) -> str:
     load_causal_lm(LLAMA).save_pretrained(folder)
     word_tokenizer(WORDS).save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny_chat(folder: Path) -> None:
+    """The same with a chat template; unknown words become padding."""
+    save_tiny(folder)
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} {% endfor %}w2"
+    tokenizer.save_pretrained(folder)
+
+
+def number_of_words(prompt: Prompt, response: str) -> float:
+    """A score for recipes whose own needs something that is not installed."""
+    return float(len(response.split()))
