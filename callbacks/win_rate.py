@@ -15,7 +15,7 @@ class WinRate(Callback):
     """How often the policy is preferred to opponents on the validation (or test) prompts.
 
     Every prompt is answered once by each side with fixed seeds; the judge is asked in both orders. For modules whose
-    validation step returns ``prompts``, ``index``, ``responses`` and ``lengths`` and that have ``judge`` and
+    validation step returns ``prompts``, ``rows``, ``responses`` and ``lengths`` and that have ``judge`` and
     ``respond``, such as :class:`~lit_methods.llm.NashMP`. Logs, per opponent and stage (``val`` or ``test``):
 
     - ``win_rate/<name>``, the mean probability of being preferred, and ``win_rate_low/<name>``,
@@ -105,7 +105,7 @@ class WinRate(Callback):
         backward = query_judge(module.judge, prompts, responses, ours)
         wins = ((forward + 1 - backward) / 2).tolist()
         excess = [float(mine - theirs) for mine, theirs in zip(outputs["lengths"], lengths, strict=True)]
-        rows = zip(outputs["index"].tolist(), wins, excess, strict=True)
+        rows = zip(outputs["rows"].tolist(), wins, excess, strict=True)
         self._records.setdefault(name, []).extend(rows)
 
     def _respond(self, module: Any, path: str, prompts: list[Any], seed: int) -> tuple[list[str], list[int]]:

@@ -27,9 +27,9 @@ class PromptBatch(NamedTuple):
     Attributes:
         prompts: ``batch`` prompts, all plain texts or all chat messages.
         responses: ``batch`` wanted responses for supervised fine-tuning, or an empty list.
-        index: row of each prompt in its data set, ``(batch,)`` int64.
+        rows: row of each prompt in its data set, ``(batch,)`` int64.
     """
 
     prompts: list[Prompt]
     responses: list[str]
-    index: Tensor
+    rows: Tensor

@@ -30,13 +30,18 @@ class PairwiseJudge(Protocol):
         ...
 
 
-def query_judge(judge: PairwiseJudge, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
+def query_judge(
+    judge: Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], Any],
+    prompts: Sequence[Prompt],
+    a: Sequence[str],
+    b: Sequence[str],
+) -> Tensor:
     """Ask a judge, and trust nothing about its answer.
 
     Equal texts are a tie, ``0.5`` exactly, and never reach the judge.
 
     Args:
-        judge: the judge.
+        judge: a :class:`PairwiseJudge`.
         prompts: one prompt per pair.
         a: first responses.
         b: second responses.

@@ -290,7 +290,7 @@ def end_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     ends.update(configured if isinstance(configured, list) else [] if configured is None else [configured])
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "closing-answer"}]
-        tail = tokenizer.apply_chat_template(turns, tokenize=False).split("closing-answer")[-1]
+        tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).split("closing-answer")[-1]
         tokens = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
         if tokens and tokens[0] in {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
             ends.add(tokens[0])
@@ -304,7 +304,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
         return prompt
     if not tokenizer.chat_template:
         raise ValueError("prompts are chat messages, but the tokenizer has no chat_template; use plain prompts")
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
 
 
 def encode_prompts(
@@ -364,7 +364,7 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -376,7 +376,7 @@ def add_adapters(lm: nn.Module, lora: dict[str, Any], names: list[str]) -> nn.Mo
         raise ModuleNotFoundError('LoRA needs peft: pip install "lit-methods[llm]"') from error
     if getattr(lm, "is_loaded_in_4bit", False):
         lm = prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False)
-    model = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **lora))  # type: ignore[arg-type]
+    model = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **lora))
     state = dict(model.named_parameters())
     for name in names:
         model.add_adapter(name, LoraConfig(task_type="CAUSAL_LM", **lora))

@@ -105,7 +105,7 @@ def nash_prox_loss(
         loss = -(weights * logps).sum(2).mean()
     else:
         pull = (beta * (logps - ref_logps) * mask).sum(2)
-        if prox:
+        if target_logps is not None and prox:
             pull = pull + (prox * (logps - target_logps) * mask).sum(2)
         goal = pref - 0.5 if group_self_play else win_rates.unsqueeze(2) - win_rates.unsqueeze(1)
         first, second = torch.triu_indices(pref.shape[1], pref.shape[1], offset=1, device=pref.device)

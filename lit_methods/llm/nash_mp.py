@@ -208,7 +208,7 @@ class NashMP(LightningModule):
         self.warmup_steps = warmup_steps
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)  # type: ignore[arg-type]
         self._model = model
-        self._loading = {
+        self._loading: dict[str, Any] = {
             "architecture": architecture,
             "dtype": dtype,
             "attn_implementation": attn_implementation,
@@ -350,7 +350,8 @@ class NashMP(LightningModule):
         drawn = num_tokens if others is None else num_tokens + self._response_mask(others).sum()
         if not grouped:
             metrics["win_rate/opponent"] = pref.mean()
-        metrics |= {
+        logged: dict[str, Tensor | float] = {
+            **metrics,
             "loss": loss.detach(),
             "entropy": entropies.sum() / num_tokens,
             "length/mean": mask.sum(1).float().mean(),
@@ -362,14 +363,14 @@ class NashMP(LightningModule):
             "tokens_per_s/generated": drawn / (generated - started),
             "tokens_per_s/trained": num_tokens / (scored - judged),
         }
-        self._log("train", metrics, len(batch.prompts))
+        self._log("train", logged, len(batch.prompts))
         return loss
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, Any]:
         """Answer every held-out prompt once, always with the same seeds.
 
         Returns:
-            ``prompts``, ``index``, ``responses`` as texts and ``lengths`` in tokens; for
+            ``prompts``, ``rows``, ``responses`` as texts and ``lengths`` in tokens; for
             :class:`~lit_methods.callbacks.WinRate` and :class:`~lit_methods.callbacks.SampleTable`.
         """
         return self._evaluate(batch, batch_idx, "val")
@@ -400,7 +401,7 @@ class NashMP(LightningModule):
         self._log(stage, metrics, len(texts))
         return {
             "prompts": batch.prompts,
-            "index": batch.index,
+            "rows": batch.rows,
             "responses": texts,
             "lengths": lengths.tolist(),
         }

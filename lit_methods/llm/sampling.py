@@ -263,10 +263,11 @@ class VLLMSampler:
         )
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(*prompts, strict=True)]
         with players[0][0]() as model, tempfile.TemporaryDirectory() as folder:
-            if not hasattr(model.lm, "peft_config"):
+            lm: Any = model.lm
+            if not hasattr(lm, "peft_config"):
                 raise ValueError("VLLMSampler serves LoRA adapters only; set lora, or leave sampler out")
-            adapter = model.lm.active_adapter
-            model.lm.save_pretrained(folder, selected_adapters=[adapter])
+            adapter = lm.active_adapter
+            lm.save_pretrained(folder, selected_adapters=[adapter])
             path = folder if adapter == "default" else f"{folder}/{adapter}"
             request = LoRARequest(f"{adapter}-{self._calls}", self._calls, path)
             outputs = self._llm.generate(

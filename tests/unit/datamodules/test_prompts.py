@@ -25,7 +25,7 @@ def test_formats(tmp_path: Path) -> None:
         data = ready(str(tmp_path / f"x.{suffix}"), val_size=0, batch_size=6)
         (batch,) = list(data.train_dataloader())
         assert sorted(batch.prompts) == [f"p{i}" for i in range(6)]
-        for prompt, index in zip(batch.prompts, batch.index.tolist(), strict=True):
+        for prompt, index in zip(batch.prompts, batch.rows.tolist(), strict=True):
             assert prompt == f"p{index}"
         expected = [prompt.replace("p", "r") for prompt in batch.prompts] if suffix != "txt" else []
         assert batch.responses == expected
@@ -77,7 +77,7 @@ def test_held_out_rows_are_disjoint_and_fixed() -> None:
     first, second = (ready([f"p{i}" for i in range(20)], val_size=5, seed=3, batch_size=2) for _ in range(2))
     assert first.val_rows == second.val_rows
     assert {row[2] for row in first.val_rows} | {row[2] for row in first.train_rows} == set(range(20))
-    assert [batch.index.tolist() for batch in first.val_dataloader()] == [[r[2] for r in first.val_rows][i : i + 2] for i in (0, 2, 4)]
+    assert [batch.rows.tolist() for batch in first.val_dataloader()] == [[r[2] for r in first.val_rows][i : i + 2] for i in (0, 2, 4)]
 
 
 def test_word_game_follows_its_shares() -> None:
