@@ -14,7 +14,7 @@ class ConvergenceCurves(Callback):
     """Draw logged training metrics against batches on a logarithmic scale, one panel per group of names.
 
     ``train/kl/nash_mp`` and ``train/kl/bound`` share the panel ``kl``. The picture is written to
-    ``<log folder>/<name>.png`` when ``fit`` ends and goes to every logger that takes figures. The points are part of the
+    ``<log folder>/<name>.png`` when ``fit`` ends and goes to every logger that takes figures. The points are in the
     checkpoint.
 
     Args:

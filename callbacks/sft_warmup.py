@@ -14,8 +14,8 @@ class SFTWarmup(Callback):
     """Fine-tune the policy on the training data's own responses when ``fit`` starts, and make that the reference.
 
     All weights of the policy are trained, also under LoRA, where the adapter still does nothing; the module then takes
-    the result as its reference and target. Happens once: a run that resumes from a checkpoint skips it. For modules with
-    ``supervised_loss(prompts, responses)``, ``policy`` and ``restart_from_policy()``, such as
+    the result as its reference and target. Happens once: a run that resumes from a checkpoint skips it. For modules
+    with ``supervised_loss(prompts, responses)``, ``policy`` and ``restart_from_policy()``, such as
     :class:`~lit_methods.llm.NashMP`, on one device or under DDP.
 
     Args:

@@ -10,17 +10,16 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from lit_methods.batches import Prompt, PromptBatch
-from lit_methods.datamodules.tensors import UnrepeatedSampler, check_int
+from lit_methods.datamodules.tensors import ShuffledSampler, UnrepeatedSampler, check_int
 
 Row = tuple[Prompt, str, int]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
 
 class PromptDataModule(LightningDataModule):
-    """Batches of prompts, and of wanted responses where the data have them; see :class:`~lit_methods.batches.PromptBatch`.
+    """Batches of prompts, and of wanted responses where there are any; see :class:`~lit_methods.batches.PromptBatch`.
 
     A row is a text, or a mapping with the column ``prompt`` (a text, or a list of chat messages) or ``messages`` (a
     conversation: its last assistant turn becomes the response), and optionally ``response``. Prompts are disjoint
@@ -112,9 +111,10 @@ class PromptDataModule(LightningDataModule):
                 "rows of each rank."
             )
         rows = _Rows(self.train_rows)
-        sampler = StatefulDistributedSampler(rows, world_size, rank, shuffle=True, seed=self.seed, drop_last=True)
+        sampler = ShuffledSampler(rows, world_size, rank, shuffle=True, seed=self.seed, drop_last=True)
         if self.trainer is not None:  # loader processes fetch ahead before the Trainer says which epoch it resumes
-            sampler.set_epoch(self.trainer.current_epoch)
+            epochs: Any = self.trainer.fit_loop.epoch_progress.current
+            sampler.set_epoch(epochs.processed)
         return self._loader(rows, sampler, self.batch_size, drop_last=True)
 
     def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
@@ -131,6 +131,19 @@ class PromptDataModule(LightningDataModule):
     def predict_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
         """The held-out prompts."""
         return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run must share with the run that wrote the checkpoint."""
+        return {"batch_size": self.batch_size, "seed": self.seed, "train_size": len(self.train_rows)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Refuse to resume training with settings that would change the order of the prompts."""
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        now = self.state_dict()
+        changes = ", ".join(f"{key}={old} (now {now[key]})" for key, old in state_dict.items() if old != now[key])
+        if changes:
+            raise ValueError(f"The checkpoint was written with {changes}: resume with the old values.")
 
     def _ranks(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)

@@ -12,7 +12,7 @@ class WordGameDataModule(PromptDataModule):
     """Random prompts of ``p`` words, and responses whose words are of the classes a, b, c and x in given shares.
 
     A game made up to show preference learning without a download, not a data set: rows are a function of ``seed``.
-    Words are a letter and a number: ``p0 ... p4`` in prompts, ``a0 ... a6``, ``b0 ...``, ``c0 ...`` and ``x0 ... x4`` in
+    Words are a letter and a number: ``p0 ... p4`` in prompts, ``a0 ... a6``, ``b0 ...``, ``c0 ...``, ``x0 ... x4`` in
     responses of 3 to 9 words.
 
     Args:

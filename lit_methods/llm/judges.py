@@ -1,7 +1,7 @@
 """Judges: who says how probable it is that one response is preferred to another.
 
 A judge is any callable with the signature of :class:`PairwiseJudge`. Preferences need not come from scores: judges may
-be intransitive. :func:`query_judge` is how trainers call one; it settles ties between equal texts and checks the answer.
+be intransitive. :func:`query_judge` is how trainers call one; it settles ties of equal texts and checks the answer.
 """
 
 import hashlib

@@ -216,8 +216,8 @@ def load_causal_lm(
     """Load a causal language model, or build one with random weights.
 
     Args:
-        model: a local folder (of a model or an adapter) or hub id; a mapping of configuration fields with ``model_type`` (random weights); or a
-            model, which is returned as it is.
+        model: a local folder (of a model or an adapter) or hub id; a mapping of configuration fields with
+            ``model_type`` (random weights); or a model, which is returned as it is.
         architecture: what the configuration of a loaded model must say; checked before its weights are read.
         dtype: storage type of the weights.
         attn_implementation: ``"eager"``, ``"sdpa"``, ``"flash_attention_2"`` ...; ``None`` for transformers' choice.
@@ -419,7 +419,7 @@ def complete(checkpoint: dict[str, Any], weights: Mapping[str, Tensor], source: 
         return
     if weights_hash(weights) != expected:
         raise ValueError(
-            f"the checkpoint leaves out base weights, and those of model={source!r} are not the ones it was trained on; "
-            "give the same model"
+            f"the checkpoint leaves out base weights, and those of model={source!r} are not the ones it was trained "
+            "on; give the same model"
         )
     checkpoint["state_dict"] = {**weights, **checkpoint["state_dict"]}

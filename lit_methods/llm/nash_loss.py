@@ -26,7 +26,8 @@ def group_win_rates(pref: Tensor) -> Tensor:
     """How often each sample beats the other samples of its group.
 
     Args:
-        pref: ``pref[p, i, j]`` is the probability that sample ``i`` of prompt ``p`` is preferred to ``j``, ``(P, B, B)``.
+        pref: ``pref[p, i, j]`` is the probability that sample ``i`` of prompt ``p`` is preferred to ``j``,
+            ``(P, B, B)``.
 
     Returns:
         ``(P, B)``; sums to ``B / 2`` in every group, whatever the samples.

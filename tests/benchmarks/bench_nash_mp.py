@@ -1,7 +1,7 @@
 """Nash Prox and its relatives against TRL's online trainers: same model, judge and number of generated responses.
 
 Every method starts from the same supervised tiny Llama and plays the intransitive word game of the recipe
-``nash_mp/tiny_intransitive``: 200 steps of 128 responses, Adam 1e-3, beta 0.03, gradient clipping 1. TRL's trainers take
+``nash_mp/tiny_intransitive``: 200 steps of 128 responses, Adam 1e-3, beta 0.03, clipping at 1. TRL's trainers take
 scalar rewards only; theirs is the mean win probability within the group of a prompt, under the same judge. Time is wall
 time of training without evaluation; the methods of a seed run one after the other in an order that rotates.
 
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -180,7 +179,11 @@ def run_theirs(
     shared = {"processing_class": tokenizer, "train_dataset": rows, "callbacks": [Watch()], "reward_funcs": win_rates}
     if "DPO" in name:
         args = OnlineDPOConfig(
-            **common, beta=BETA, loss_type="ipo", max_new_tokens=MAX_TOKENS, per_device_train_batch_size=NUM_RESPONSES // 2
+            **common,
+            beta=BETA,
+            loss_type="ipo",
+            max_new_tokens=MAX_TOKENS,
+            per_device_train_batch_size=NUM_RESPONSES // 2,
         )
         trainer = OnlineDPOTrainer(model=load_causal_lm(folder), args=args, **shared)
     else:

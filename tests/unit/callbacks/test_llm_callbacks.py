@@ -82,7 +82,9 @@ def test_warm_up_is_skipped_on_resume(tmp_path: Path) -> None:
 
 
 def test_warm_up_needs_responses(tmp_path: Path) -> None:
-    trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[SFTWarmup()])
+    trainer = L.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[SFTWarmup()]
+    )
     with pytest.raises(ValueError, match="response_column"):
         trainer.fit(build(), PromptDataModule(list(PROMPTS), val_size=0, batch_size=2))
 
@@ -138,7 +140,9 @@ def test_length_control_removes_the_advantage_of_length() -> None:
     wins = torch.sigmoid(0.4 + 2.0 * feature)
     assert wins.mean() > 0.7
     assert length_controlled(wins, excess) == pytest.approx(torch.sigmoid(torch.tensor(0.4)).item(), abs=0.03)
-    assert length_controlled(torch.full((10,), 0.7, dtype=torch.float64), torch.zeros(10).double()) == pytest.approx(0.7, abs=1e-4)
+    assert length_controlled(torch.full((10,), 0.7, dtype=torch.float64), torch.zeros(10).double()) == pytest.approx(
+        0.7, abs=1e-4
+    )
 
 
 def test_sample_table(tmp_path: Path) -> None:

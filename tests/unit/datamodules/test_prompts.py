@@ -77,7 +77,9 @@ def test_held_out_rows_are_disjoint_and_fixed() -> None:
     first, second = (ready([f"p{i}" for i in range(20)], val_size=5, seed=3, batch_size=2) for _ in range(2))
     assert first.val_rows == second.val_rows
     assert {row[2] for row in first.val_rows} | {row[2] for row in first.train_rows} == set(range(20))
-    assert [batch.rows.tolist() for batch in first.val_dataloader()] == [[r[2] for r in first.val_rows][i : i + 2] for i in (0, 2, 4)]
+    assert [batch.rows.tolist() for batch in first.val_dataloader()] == [
+        [r[2] for r in first.val_rows][i : i + 2] for i in (0, 2, 4)
+    ]
 
 
 def test_word_game_follows_its_shares() -> None:

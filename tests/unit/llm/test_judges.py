@@ -2,7 +2,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lit_methods.llm import (
     EnsembleJudge,
     FunctionJudge,
     HTTPJudge,
+    PairwiseJudge,
     PairwiseModelJudge,
     RewardModelJudge,
     ScoreJudge,
@@ -56,7 +57,7 @@ def test_wrong_answers_are_refused(answer: Any, message: str) -> None:
 
 
 def test_function_score_and_ensemble() -> None:
-    function = FunctionJudge(lambda prompt, a, b: 1.0 if len(a) > len(b) else 0.0)
+    function: PairwiseJudge = FunctionJudge(lambda prompt, a, b: 1.0 if len(a) > len(b) else 0.0)
     assert function(PROMPTS, A, B).tolist() == [1.0, 0.0, 1.0]
     score = ScoreJudge(lambda prompt, text: len(text) / 10, scale=2.0)
     torch.testing.assert_close(score(PROMPTS, A, B), torch.sigmoid(torch.tensor([0.6, -0.6, 1.2])))
@@ -157,10 +158,8 @@ def server(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
                 return
             self.send_response(status)
             self.end_headers()
-            try:
+            with suppress(BrokenPipeError):
                 self.wfile.write(answer)
-            except BrokenPipeError:
-                pass
 
         def log_message(self, *arguments: Any) -> None:
             pass

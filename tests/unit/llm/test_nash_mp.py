@@ -106,7 +106,7 @@ def test_only_the_policy_is_trained_whatever_players_were_used(options: dict[str
     module = build(**options)
     expected = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     trained = {id(parameter) for parameter in module.player_parameters("policy")}
-    assert all(flag == (id(p) in trained) for (_, p), flag in zip(module.named_parameters(), expected.values(), strict=True))
+    assert {id(parameter) for parameter in module.parameters() if parameter.requires_grad} == trained
     optimizer = module.configure_optimizers()
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
     module.training_step(BATCH, 0).backward()
@@ -227,11 +227,21 @@ def test_resumes_to_the_bit(tmp_path: Path, lora: dict[str, Any] | None, options
     resumed = run(2, tmp_path / "step=3.ckpt")
     for name in ("policy", *whole.frozen_players):
         assert equal(weights(whole, name), weights(resumed, name)), name
-    assert (whole.phase, whole.inner_step, whole.batches_seen) == (resumed.phase, resumed.inner_step, resumed.batches_seen)
+    assert (whole.phase, whole.inner_step, whole.batches_seen) == (
+        resumed.phase,
+        resumed.inner_step,
+        resumed.batches_seen,
+    )
 
 
 def test_learns_what_the_judge_prefers(tmp_path: Path) -> None:
-    for options in ({}, {"loss_type": "ipo"}, {"kl_credit": "to_go"}, {"lora": {**LORA, "r": 8}}, {"micro_batch_size": 7}):
+    for options in (
+        {},
+        {"loss_type": "ipo"},
+        {"kl_credit": "to_go"},
+        {"lora": {**LORA, "r": 8}},
+        {"micro_batch_size": 7},
+    ):
         module = build(beta=0.02, samples_per_prompt=8, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), **options)
 
         def share(module: NashMP) -> float:
