@@ -42,9 +42,9 @@ class NashMP(LightningModule):
     r"""Online preference learning against any pairwise judge: no scalar reward, stable where self-play cycles.
 
     Fine-tunes a policy towards the equilibrium of the game in which it wants to be preferred to its opponent and to
-    stay near the reference: :math:`P(\pi \succ \pi') - \beta KL(\pi | ref) + \beta KL(\pi' | ref)`. Each optimizer step is a
-    stochastic policy-gradient step on the prox problem :math:`P(\pi \succ o) - \beta KL(\pi | ref) - (\beta / \eta)
-    KL(\pi | target)`, whose pull towards a slowly moving target damps the rotation of self-play.
+    stay near the reference: :math:`P(\pi \succ \pi') - \beta KL(\pi | ref) + \beta KL(\pi' | ref)`. Each optimizer step
+    is a stochastic policy-gradient step on the prox problem :math:`P(\pi \succ o) - \beta KL(\pi | ref) -
+    (\beta / \eta) KL(\pi | target)`, whose pull towards a slowly moving target damps the rotation of self-play.
 
     Source: Tiapkin et al., arXiv 2505.19731 (v1 "Nash-MP", v2 "Nash Prox"). The prox step is the papers'; the outer
     loops over a parametric policy are a reconstruction from their abstracts, and the default values of ``eta``,

@@ -81,6 +81,7 @@ def main() -> None:
     )
     rows = [{"prompt": f"{prompt} w{i}", "response": "w3 w4"} for prompt in PROMPTS for i in range(4)]
     checkpoint = ModelCheckpoint(args.folder, every_n_train_steps=SAVE_EVERY, save_last=True)
+    watch = Watch(args.folder / f"rank{rank}.jsonl", args.kill_at)
     trainer = L.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
@@ -88,9 +89,7 @@ def main() -> None:
         devices=args.ranks,
         use_distributed_sampler=False,
         val_check_interval=2,
-        callbacks=[
-            ExactResume(), SFTWarmup(steps=3), WinRate(), Watch(args.folder / f"rank{rank}.jsonl", args.kill_at), checkpoint
-        ],
+        callbacks=[ExactResume(), SFTWarmup(steps=3), WinRate(), watch, checkpoint],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
