@@ -5,12 +5,36 @@ from typing import TYPE_CHECKING
 from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from lit_methods.callbacks.convergence_curves import ConvergenceCurves
     from lit_methods.callbacks.exact_resume import ExactResume
+    from lit_methods.callbacks.export_hf import ExportHF
     from lit_methods.callbacks.learning_curves import LearningCurves
     from lit_methods.callbacks.result_table import ResultTable
+    from lit_methods.callbacks.sample_table import SampleTable
+    from lit_methods.callbacks.sft_warmup import SFTWarmup
+    from lit_methods.callbacks.win_rate import WinRate
 
-__all__ = ["ExactResume", "LearningCurves", "ResultTable"]
+__all__ = [
+    "ConvergenceCurves",
+    "ExactResume",
+    "ExportHF",
+    "LearningCurves",
+    "ResultTable",
+    "SFTWarmup",
+    "SampleTable",
+    "WinRate",
+]
 
 __getattr__, __dir__ = lazy_exports(
-    __name__, {"ExactResume": "exact_resume", "LearningCurves": "learning_curves", "ResultTable": "result_table"}
+    __name__,
+    {
+        "ConvergenceCurves": "convergence_curves",
+        "ExactResume": "exact_resume",
+        "ExportHF": "export_hf",
+        "LearningCurves": "learning_curves",
+        "ResultTable": "result_table",
+        "SFTWarmup": "sft_warmup",
+        "SampleTable": "sample_table",
+        "WinRate": "win_rate",
+    },
 )

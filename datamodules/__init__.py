@@ -7,9 +7,18 @@ from lit_methods._lazy import lazy_exports
 if TYPE_CHECKING:
     from lit_methods.datamodules.digits import DigitsDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
+    from lit_methods.datamodules.prompts import PromptDataModule
     from lit_methods.datamodules.tensors import TensorDataModule
+    from lit_methods.datamodules.word_game import WordGameDataModule
 
-__all__ = ["DigitsDataModule", "FashionMNISTDataModule", "MNISTDataModule", "TensorDataModule"]
+__all__ = [
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "MNISTDataModule",
+    "PromptDataModule",
+    "TensorDataModule",
+    "WordGameDataModule",
+]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -17,6 +26,8 @@ __getattr__, __dir__ = lazy_exports(
         "DigitsDataModule": "digits",
         "FashionMNISTDataModule": "mnist",
         "MNISTDataModule": "mnist",
+        "PromptDataModule": "prompts",
         "TensorDataModule": "tensors",
+        "WordGameDataModule": "word_game",
     },
 )

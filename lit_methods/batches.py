@@ -15,3 +15,21 @@ class SupervisedBatch(NamedTuple):
 
     x: Tensor
     y: Tensor
+
+
+Prompt = str | list[dict[str, str]]
+"""A plain text, or chat messages ``[{"role": ..., "content": ...}, ...]`` that end before the assistant's answer."""
+
+
+class PromptBatch(NamedTuple):
+    """One mini-batch of prompts for a language model, as text: methods own their tokenizer.
+
+    Attributes:
+        prompts: ``batch`` prompts, all plain texts or all chat messages.
+        responses: ``batch`` wanted responses for supervised fine-tuning, or an empty list.
+        rows: row of each prompt in its data set, ``(batch,)`` int64.
+    """
+
+    prompts: list[Prompt]
+    responses: list[str]
+    rows: Tensor

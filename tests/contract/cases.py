@@ -12,12 +12,32 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_methods.batches import SupervisedBatch
-from lit_methods.callbacks import ExactResume, LearningCurves, ResultTable
-from lit_methods.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, TensorDataModule
+from lit_methods.callbacks import (
+    ConvergenceCurves,
+    ExactResume,
+    ExportHF,
+    LearningCurves,
+    ResultTable,
+    SampleTable,
+    SFTWarmup,
+    WinRate,
+)
+from lit_methods.datamodules import (
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    MNISTDataModule,
+    PromptDataModule,
+    TensorDataModule,
+    WordGameDataModule,
+)
+from lit_methods.games import PreferenceGame
+from lit_methods.llm import FunctionJudge, NashMP, SupervisedFineTuning
+from lit_methods.llm.word_game import word_game_preference
 from lit_methods.nets import MLP
 from lit_methods.optim import MFAC
 from lit_methods.supervised import SupervisedModule
 from tests.idx_files import write_mnist
+from tests.unit.llm.tiny import save_tiny_chat
 
 Arguments = dict[str, Any]
 
@@ -95,7 +115,87 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     ),
 }
 
+_TINY_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 33,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+_WORDS = {"words": [f"{letter}{i}" for letter, n in zip("pabcx", (5, 7, 7, 7, 5), strict=True) for i in range(n)]}
+_ADAM = _module("torch.optim.Adam", lr=1e-3)
+_ROCK_PAPER_SCISSORS = [[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]]
+
+
+def _nash_mp(**arguments: Any) -> NashMP:
+    judge = FunctionJudge(word_game_preference)
+    return NashMP(**({"model": _TINY_LLAMA, "judge": judge, "tokenizer": _WORDS, "max_new_tokens": 4} | arguments))
+
+
+_NO_FORWARD = {"check_compiles": "It samples and decodes texts and has no forward to capture."}
+
 MODULES: dict[str, ModuleCase] = {
+    "lit_methods.llm.NashMP": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.llm.NashMP",
+                model=_TINY_LLAMA,
+                tokenizer=_WORDS,
+                judge=_module(
+                    "lit_methods.llm.FunctionJudge", function="lit_methods.llm.word_game.word_game_preference"
+                ),
+                max_new_tokens=4,
+                warmup_steps=2,
+                optimizer=_ADAM,
+            ),
+            "data": _module("lit_methods.datamodules.WordGameDataModule", num_rows=64, val_size=8, batch_size=4),
+        },
+        make=_nash_mp,
+        forward_inputs=tuple,
+        bad=[
+            (lambda: _nash_mp(beta=0.0), "beta must be"),
+            (lambda: _nash_mp(eta=-1.0), "eta must be"),
+            (lambda: _nash_mp(samples_per_prompt=1), "samples_per_prompt must be"),
+        ],
+        not_applicable=_NO_FORWARD,
+    ),
+    "lit_methods.llm.SupervisedFineTuning": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.llm.SupervisedFineTuning",
+                model=_TINY_LLAMA,
+                tokenizer=_WORDS,
+                max_new_tokens=4,
+                optimizer=_ADAM,
+            ),
+            "data": _module("lit_methods.datamodules.WordGameDataModule", num_rows=64, val_size=8, batch_size=4),
+        },
+        make=lambda: SupervisedFineTuning(_TINY_LLAMA, _WORDS),
+        forward_inputs=tuple,
+        bad=[(lambda: SupervisedFineTuning(_TINY_LLAMA), "tokenizer must be")],
+        not_applicable=_NO_FORWARD,
+    ),
+    "lit_methods.games.PreferenceGame": ModuleCase(
+        config={"model": _module("lit_methods.games.PreferenceGame", preferences=_ROCK_PAPER_SCISSORS)},
+        make=lambda: PreferenceGame(_ROCK_PAPER_SCISSORS),
+        forward_inputs=tuple,
+        bad=[(lambda: PreferenceGame(_ROCK_PAPER_SCISSORS, beta=0.0), "beta=0.0 must be")],
+        not_applicable={
+            "check_compiles": "It has no forward.",
+            "check_runs_through_the_cli": "A game has nothing to validate or test; its recipe runs fit.",
+            "check_resumes_bit_exactly_in_a_new_process": (
+                "Without an optimizer there are no steps to count; tests/unit/games resumes it from its checkpoint."
+            ),
+            "check_checkpoint_rebuilds_the_module": "The same; tests/unit/games does it.",
+            "check_ranks_stay_identical_under_ddp": "It has no trained parameters, which DDP requires.",
+            "check_runs_finite_in_mixed_bfloat16": "It has no parameters; its iterates are float64 by design.",
+            "check_logs_without_warnings": "Without optimizer steps max_steps never ends the run.",
+        },
+    ),
     "lit_methods.supervised.SupervisedModule": ModuleCase(
         config={
             "model": _module(
@@ -113,8 +213,32 @@ MODULES: dict[str, ModuleCase] = {
     ),
 }
 
+_LANGUAGE_MODELS_ONLY = {
+    "check_attaches_to_an_unrelated_module": "It acts on language-model modules only, as its docstring says.",
+    "check_state_survives_a_checkpoint": "The same; tests/unit/callbacks/test_llm_callbacks.py covers its state.",
+}
+
 CALLBACKS: dict[str, CallbackCase] = {
     "lit_methods.callbacks.ExactResume": CallbackCase(ExactResume, bad=[]),
+    "lit_methods.callbacks.ConvergenceCurves": CallbackCase(
+        lambda: ConvergenceCurves(["kl"]),
+        bad=[
+            (lambda: ConvergenceCurves([]), "groups must name"),
+            (lambda: ConvergenceCurves(["kl"], name="a/b"), "name must be"),
+        ],
+    ),
+    "lit_methods.callbacks.ExportHF": CallbackCase(ExportHF, bad=[], not_applicable=_LANGUAGE_MODELS_ONLY),
+    "lit_methods.callbacks.SFTWarmup": CallbackCase(
+        SFTWarmup, bad=[(lambda: SFTWarmup(steps=0), "steps must be")], not_applicable=_LANGUAGE_MODELS_ONLY
+    ),
+    "lit_methods.callbacks.SampleTable": CallbackCase(
+        SampleTable,
+        bad=[(lambda: SampleTable(num_prompts=0), "num_prompts and max_characters must be")],
+        not_applicable=_LANGUAGE_MODELS_ONLY,
+    ),
+    "lit_methods.callbacks.WinRate": CallbackCase(
+        WinRate, bad=[(lambda: WinRate(confidence=2.0), "confidence must be")], not_applicable=_LANGUAGE_MODELS_ONLY
+    ),
     "lit_methods.callbacks.LearningCurves": CallbackCase(
         LearningCurves,
         bad=[
@@ -150,7 +274,18 @@ def _tensors(folder: Path, **arguments: Any) -> LightningDataModule:
     return TensorDataModule(train=rows, val=rows, test=rows, **({"batch_size": 4} | arguments))
 
 
+def _prompts(folder: Path, **arguments: Any) -> LightningDataModule:
+    rows = [f"prompt {i}" for i in range(40)]
+    return PromptDataModule(rows, **({"batch_size": 4, "val_size": 6} | arguments))
+
+
+def _word_game(folder: Path, **arguments: Any) -> LightningDataModule:
+    return WordGameDataModule(**({"num_rows": 40, "batch_size": 4, "val_size": 6} | arguments))
+
+
 DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.PromptDataModule": DataModuleCase(_prompts, bad=_LOADER_ARGUMENTS),
+    "lit_methods.datamodules.WordGameDataModule": DataModuleCase(_word_game, bad=_LOADER_ARGUMENTS),
     "lit_methods.datamodules.TensorDataModule": DataModuleCase(_tensors, bad=_LOADER_ARGUMENTS[:3]),
     "lit_methods.datamodules.DigitsDataModule": DataModuleCase(
         lambda folder, **arguments: DigitsDataModule(**arguments),
@@ -165,6 +300,20 @@ DATAMODULES: dict[str, DataModuleCase] = {
 _TINY = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"]
 
 RECIPES: dict[str, RecipeCase] = {
+    "nash_mp/matrix_games": RecipeCase(["--model.num_iterations=3"]),
+    "nash_mp/smollm2_vader": RecipeCase(
+        [
+            "--trainer.max_steps=1",
+            "--trainer.val_check_interval=1",
+            "--trainer.accelerator=cpu",
+            "--model.max_new_tokens=4",
+            "--model.judge.init_args.score=tests.unit.llm.tiny.number_of_words",
+        ],
+        prepare=lambda folder: save_tiny_chat(folder / "smollm2"),
+    ),
+    "nash_mp/tiny_intransitive": RecipeCase(
+        ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.num_rows=64", "--data.val_size=4"]
+    ),
     "mfac/digits": RecipeCase(_TINY),
     "mfac/fashion_mnist": RecipeCase(
         [*_TINY, "--data.data_dir=.", "--data.val_size=8", "--data.batch_size=8"], prepare=write_mnist

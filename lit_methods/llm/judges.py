@@ -1,0 +1,415 @@
+"""Judges: who says how probable it is that one response is preferred to another.
+
+A judge is any callable with the signature of :class:`PairwiseJudge`. Preferences need not come from scores: judges may
+be intransitive. :func:`query_judge` is how trainers call one; it settles ties of equal texts and checks the answer.
+"""
+
+import hashlib
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lit_methods.batches import Prompt
+from lit_methods.llm.language_model import PreTrainedModel, render_prompt
+from lit_methods.llm.logprobs import position_ids
+
+
+class PairwiseJudge(Protocol):
+    """Compares pairs of responses."""
+
+    def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor | Sequence[float]:
+        """Probability that ``a[i]`` is preferred to ``b[i]`` as a response to ``prompts[i]``, in ``[0, 1]``."""
+        ...
+
+
+def query_judge(
+    judge: Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], Any],
+    prompts: Sequence[Prompt],
+    a: Sequence[str],
+    b: Sequence[str],
+) -> Tensor:
+    """Ask a judge, and trust nothing about its answer.
+
+    Equal texts are a tie, ``0.5`` exactly, and never reach the judge.
+
+    Args:
+        judge: a :class:`PairwiseJudge`.
+        prompts: one prompt per pair.
+        a: first responses.
+        b: second responses.
+
+    Returns:
+        probabilities that ``a`` is preferred, ``(pairs,)``, float32, on the CPU.
+
+    Raises:
+        ValueError: if the judge returns another number of values, NaN, or values outside ``[0, 1]``.
+    """
+    preference = torch.full((len(a),), 0.5)
+    asked = [index for index, (first, second) in enumerate(zip(a, b, strict=True)) if first != second]
+    if not asked:
+        return preference
+    name = type(judge).__name__
+    answer = judge([prompts[i] for i in asked], [a[i] for i in asked], [b[i] for i in asked])
+    answer = torch.as_tensor(answer, dtype=torch.float32).detach().cpu()
+    if answer.shape != (len(asked),):
+        raise ValueError(
+            f"{name} returned shape {tuple(answer.shape)} for {len(asked)} pairs; return one value per pair"
+        )
+    wrong = ~((answer >= 0) & (answer <= 1))
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name} returned {answer[index].item()} for {a[asked[index]]!r} against {b[asked[index]]!r}; "
+            "it must return probabilities in [0, 1]"
+        )
+    preference[asked] = answer
+    return preference
+
+
+class FunctionJudge:
+    """A judge from a function of one pair.
+
+    Args:
+        function: maps (prompt, first response, second response) to the probability that the first is preferred.
+    """
+
+    def __init__(self, function: Callable[[Prompt, str, str], float]) -> None:
+        self.function = function
+
+    def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
+        """See :class:`PairwiseJudge`."""
+        return torch.tensor([float(self.function(*pair)) for pair in zip(prompts, a, b, strict=True)])
+
+
+class ScoreJudge:
+    """A judge from a score of one response: ``sigmoid(scale * (score(a) - score(b)))``. Transitive by construction.
+
+    Args:
+        score: maps (prompt, response) to a number; larger is better.
+        scale: how sharply a difference of scores decides, positive.
+    """
+
+    def __init__(self, score: Callable[[Prompt, str], float], scale: float = 1.0) -> None:
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        self.score = score
+        self.scale = scale
+
+    def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
+        """See :class:`PairwiseJudge`."""
+        first, second = (
+            torch.tensor([float(self.score(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)])
+            for texts in (a, b)
+        )
+        return torch.sigmoid(self.scale * (first - second))
+
+
+class RewardModelJudge:
+    """Bradley-Terry preferences of a reward model: ``sigmoid((r_a - r_b) / temperature)``.
+
+    Every (prompt, response) is scored once per call, however many pairs it is in.
+
+    Args:
+        model: folder or hub id of a sequence classifier with one output, or the model.
+        tokenizer: its tokenizer; default: that of ``model``.
+        temperature: divides the difference of rewards, positive.
+        batch_size: responses per forward pass.
+        max_length: longer texts lose their beginning; ``None`` for no limit.
+        device: where the model runs; default: CUDA if there is one.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: Any = None,
+        temperature: float = 1.0,
+        batch_size: int = 16,
+        max_length: int | None = 2048,
+        device: str | None = None,
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.model, self.tokenizer = _load_judge(model, tokenizer, device)
+        if self.model.config.num_labels != 1:
+            raise ValueError(
+                f"a reward model has one output, got {self.model.config.num_labels}: see PairwiseModelJudge"
+            )
+        self.temperature = temperature
+        self.batch_size = batch_size
+        self.max_length = max_length
+
+    def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
+        """See :class:`PairwiseJudge`."""
+        texts = [
+            _conversation(self.tokenizer, prompt, response)
+            for responses in (a, b)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        unique = list(dict.fromkeys(texts))
+        rewards = dict(zip(unique, self._rewards(unique), strict=True))
+        first, second = torch.tensor([rewards[text] for text in texts]).chunk(2)
+        return torch.sigmoid((first - second) / self.temperature)
+
+    def _rewards(self, texts: list[str]) -> list[float]:
+        logits = _forward(
+            self.model, self.tokenizer, texts, self.batch_size, self.max_length, lambda output: output.logits
+        )
+        return logits.squeeze(1).tolist()
+
+
+PAIR_TEMPLATE = (
+    "Which response to the request is better?\n\nRequest:\n{prompt}\n\nResponse A:\n{a}\n\nResponse B:\n{b}\n\n"
+    "Answer with A or B only."
+)
+
+
+class PairwiseModelJudge:
+    """A model that sees both responses at once; asked in both orders, so that position does not matter.
+
+    A causal language model answers with one of two words, whose next-token probabilities are compared; a sequence
+    classifier has one output (logit of "the first is better") or two (first, second). The result is
+    ``(P(a, b) + 1 - P(b, a)) / 2``, which makes ``P(a, b) + P(b, a) = 1`` exact.
+
+    Args:
+        model: folder or hub id, or the model; a classifier if its configuration says ``ForSequenceClassification``.
+        tokenizer: its tokenizer; default: that of ``model``.
+        template: text with the fields ``{prompt}``, ``{a}`` and ``{b}``; goes through the chat template, if any.
+        answers: the two words a causal model chooses from: first better, second better.
+        batch_size: texts per forward pass.
+        max_length: longer texts lose their beginning; ``None`` for no limit.
+        device: where the model runs; default: CUDA if there is one.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: Any = None,
+        template: str = PAIR_TEMPLATE,
+        answers: tuple[str, str] = ("A", "B"),
+        batch_size: int = 16,
+        max_length: int | None = 4096,
+        device: str | None = None,
+    ) -> None:
+        for field in ("{prompt}", "{a}", "{b}"):
+            if field not in template:
+                raise ValueError(f"template must contain {field}, got {template!r}")
+        self.model, self.tokenizer = _load_judge(model, tokenizer, device)
+        self.classifier = "ForSequenceClassification" in type(self.model).__name__
+        self.template = template
+        self.batch_size = batch_size
+        self.max_length = max_length
+        if not self.classifier:
+            ids = [self.tokenizer(answer, add_special_tokens=False)["input_ids"][:1] for answer in answers]
+            if ids[0] == ids[1] or not ids[0] or not ids[1]:
+                raise ValueError(f"answers must begin with two different tokens, got {answers!r}")
+            self.answer_ids = [ids[0][0], ids[1][0]]
+
+    def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
+        """See :class:`PairwiseJudge`."""
+        texts = [
+            self._question(prompt, first, second)
+            for one, other in ((a, b), (b, a))
+            for prompt, first, second in zip(prompts, one, other, strict=True)
+        ]
+        logits = _forward(self.model, self.tokenizer, texts, self.batch_size, self.max_length, self._answer_logits)
+        wins = torch.sigmoid(logits[:, 0] if logits.shape[1] == 1 else logits[:, 0] - logits[:, 1])
+        forward, backward = wins.chunk(2)
+        return (forward + 1.0 - backward) / 2
+
+    def _question(self, prompt: Prompt, a: str, b: str) -> str:
+        text = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+        question = self.template.format(prompt=text, a=a, b=b)
+        if self.classifier or not self.tokenizer.chat_template:
+            return question
+        return render_prompt(self.tokenizer, [{"role": "user", "content": question}])
+
+    def _answer_logits(self, output: Any) -> Tensor:
+        return output.logits if self.classifier else output.logits[:, -1, self.answer_ids]
+
+
+class EnsembleJudge:
+    """The weighted mean of several judges.
+
+    Args:
+        judges: the judges, at least one.
+        weights: one positive weight each; equal when left out.
+    """
+
+    def __init__(self, judges: list[Any], weights: list[float] | None = None) -> None:
+        weights = [1.0] * len(judges) if weights is None else weights
+        if not judges or len(weights) != len(judges) or not all(weight > 0 for weight in weights):
+            raise ValueError(f"judges and weights must be as many and positive, got {len(judges)} and {weights}")
+        self.judges = judges
+        self.weights = [weight / math.fsum(weights) for weight in weights]
+
+    def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
+        """See :class:`PairwiseJudge`."""
+        opinions = [
+            weight * query_judge(judge, prompts, a, b) for judge, weight in zip(self.judges, self.weights, strict=True)
+        ]
+        return torch.stack(opinions).sum(0).clamp(0.0, 1.0)
+
+
+class HTTPJudge:
+    """A judge behind a URL.
+
+    Sends ``POST`` requests with ``{"prompts": [...], "a": [...], "b": [...]}`` as JSON and expects
+    ``{"preferences": [...]}``, one probability per pair. Failed connections, time-outs, answers that are no JSON and
+    the statuses 408, 429 and 5xx are tried again with growing pauses; other statuses are errors at once. Answers are
+    remembered by prompt and texts.
+
+    Args:
+        url: where to send requests, ``http`` or ``https``.
+        headers: further request headers, such as an authorisation.
+        timeout: seconds to wait for an answer, positive.
+        retries: further attempts after the first, 0 or more.
+        backoff: seconds before the second attempt; doubles each time.
+        batch_size: pairs per request.
+        cache_size: answers remembered; 0 for none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        headers: dict[str, str] | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        backoff: float = 1.0,
+        batch_size: int = 64,
+        cache_size: int = 100_000,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url must start with http:// or https://, got {url!r}")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be positive, got {timeout}")
+        if retries < 0 or backoff < 0 or cache_size < 0 or batch_size < 1:
+            raise ValueError(
+                "retries, backoff and cache_size must be 0 or more and batch_size 1 or more, got "
+                f"{retries}, {backoff}, {cache_size} and {batch_size}"
+            )
+        self.url = url
+        self.headers = {"Content-Type": "application/json", **(headers or {})}
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+        self.batch_size = batch_size
+        self.cache_size = cache_size
+        self._cache: OrderedDict[str, float] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
+        """See :class:`PairwiseJudge`.
+
+        Raises:
+            RuntimeError: if the server keeps failing; names the URL, the attempts and the last error.
+            ValueError: if its answer has no ``preferences``, or another number of them.
+        """
+        pairs = list(zip(prompts, a, b, strict=True))
+        keys = [hashlib.sha256(json.dumps(pair).encode()).hexdigest() for pair in pairs]
+        answers = {key: self._cache[key] for key in keys if key in self._cache}
+        missing = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in answers}.items())
+        for start in range(0, len(missing), self.batch_size):
+            part = missing[start : start + self.batch_size]
+            values = self._ask([pair for _, pair in part])
+            answers.update(zip((key for key, _ in part), values, strict=True))
+        for key, value in answers.items():
+            if 0.0 <= value <= 1.0:  # what query_judge is going to refuse is not remembered
+                self._cache[key] = value
+                self._cache.move_to_end(key)
+        while len(self._cache) > self.cache_size:
+            self._cache.popitem(last=False)
+        return torch.tensor([answers[key] for key in keys])
+
+    def _ask(self, pairs: list[tuple[Prompt, str, str]]) -> list[float]:
+        prompts, a, b = zip(*pairs, strict=True)
+        body = json.dumps({"prompts": prompts, "a": a, "b": b}).encode()
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.backoff * 2 ** (attempt - 1))
+            request = urllib.request.Request(self.url, data=body, headers=self.headers)
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    answer = json.load(response)
+                break
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code} {error.reason}"
+                if error.code < 500 and error.code not in (408, 429):
+                    raise RuntimeError(f"judge at {self.url} refused the request: {problem}") from error
+            except (OSError, json.JSONDecodeError) as error:  # URLError and time-outs are OSErrors
+                problem = f"{type(error).__name__}: {error}"
+        else:
+            raise RuntimeError(f"judge at {self.url} failed {self.retries + 1} times; last: {problem}")
+        values = answer.get("preferences") if isinstance(answer, dict) else None
+        if not isinstance(values, list) or len(values) != len(pairs):
+            raise ValueError(
+                f'judge at {self.url} must answer {{"preferences": [{len(pairs)} numbers]}}, got {answer!r:.200}'
+            )
+        return [float("nan") if value is None else float(value) for value in values]
+
+
+def _load_judge(model: str | PreTrainedModel, tokenizer: Any, device: str | None) -> tuple[PreTrainedModel, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    if tokenizer is None:
+        if not isinstance(model, str):
+            raise ValueError("tokenizer must be given along with a model object")
+        tokenizer = model
+    if isinstance(model, str):
+        names = AutoConfig.from_pretrained(model).architectures or []
+        classifier = any("ForSequenceClassification" in name for name in names)
+        model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_pretrained(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(tokenizer, str):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    return model.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[arg-type]
+
+
+def _conversation(tokenizer: Any, prompt: Prompt, response: str) -> str:
+    if isinstance(prompt, str):
+        return prompt + response
+    if not tokenizer.chat_template:
+        return "\n".join([*(turn["content"] for turn in prompt), response])
+    return tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": response}], tokenize=False)
+
+
+@torch.no_grad()
+def _forward(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: list[str],
+    batch_size: int,
+    max_length: int | None,
+    pick: Callable[[Any], Tensor],
+) -> Tensor:
+    """Run texts through a model, shortest first; rows in the order of ``texts``, on the CPU."""
+    templated = bool(tokenizer.chat_template)
+    rows = [tokenizer(text, add_special_tokens=not templated)["input_ids"] for text in texts]
+    rows = [row if max_length is None else row[-max_length:] for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # classifiers read a fixed or the last real position, and want their padding on the right
+    classifier = "ForSequenceClassification" in type(model).__name__
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad
+    outputs: dict[int, Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        length = max(len(rows[index]) for index in chosen)
+        ids = torch.full((len(chosen), length), pad)
+        mask = torch.zeros_like(ids)
+        for line, index in enumerate(chosen):
+            place = slice(0, len(rows[index])) if classifier else slice(length - len(rows[index]), length)
+            ids[line, place] = torch.tensor(rows[index])
+            mask[line, place] = 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        positions = {} if classifier else {"position_ids": position_ids(mask), "logits_to_keep": 1}
+        values = pick(model(input_ids=ids, attention_mask=mask, **positions)).float().cpu()
+        outputs.update(zip(chosen, values, strict=True))
+    return torch.stack([outputs[index] for index in range(len(rows))])

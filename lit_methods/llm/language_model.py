@@ -1,0 +1,425 @@
+"""Loading a causal language model and its tokenizer, and scoring responses with it."""
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from lit_methods.batches import Prompt
+from lit_methods.llm.logprobs import Head, chunked_logprobs, position_ids
+
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('language models need transformers: pip install "lit-methods[llm]"') from error
+
+
+class EncodedPrompts(NamedTuple):
+    """Tokenised prompts.
+
+    Attributes:
+        input_ids: ``(prompts, length)``, int64, padded on the left.
+        attention_mask: ``(prompts, length)``, int64, 1 at real tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def repeat_interleave(self, times: int) -> "EncodedPrompts":
+        """Each prompt ``times`` times in a row."""
+        return EncodedPrompts(*(tensor.repeat_interleave(times, 0) for tensor in self))
+
+
+class LanguageModel(nn.Module):
+    """A causal language model whose forward pass gives log-probabilities of response tokens.
+
+    Only the response positions go through the head, in chunks (:func:`chunked_logprobs`). At construction the result
+    is compared with the model's own logits once; a model that does something unknown to its logits is scored through
+    them instead, with a warning. Dropout is set to zero: sampling and scoring must see the same policy.
+
+    Args:
+        lm: a ``transformers`` causal language model, or a peft model around one.
+        temperature: sampling temperature, positive; scores are those of the tempered distribution.
+        chunk_size: response tokens per pass through the head.
+    """
+
+    def __init__(self, lm: nn.Module, *, temperature: float = 1.0, chunk_size: int = 1024) -> None:
+        super().__init__()
+        self.lm = lm
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self.synchronised = False  # under FSDP every rank must take the same number of decoding steps
+        disable_dropout(lm)
+        self.chunked = self._head_agrees()
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The ``transformers`` model below an eventual peft wrapper."""
+        return self.lm.get_base_model() if hasattr(self.lm, "peft_config") else self.lm  # type: ignore[operator,return-value]
+
+    def head(self) -> Head:
+        """The model's head, gathered if it is sharded."""
+        layer = self.base.get_output_embeddings()
+        config = self.base.config.get_text_config()
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    @torch.no_grad()
+    def _head_agrees(self) -> bool:
+        layer = self.base.get_output_embeddings()
+        if type(layer) is not nn.Linear:
+            return False
+        if layer.weight.is_meta:
+            return True
+        tokens = (
+            torch.arange(4, device=layer.weight.device).unsqueeze(0) % self.base.config.get_text_config().vocab_size
+        )
+        training = self.lm.training
+        self.lm.eval()
+        ours, _ = chunked_logprobs(self._hidden(tokens, None)[0, :-1], self.head(), tokens[0, 1:])
+        logits = self.lm(input_ids=tokens, position_ids=position_ids(torch.ones_like(tokens))).logits.float()
+        theirs = torch.log_softmax(logits[0, :-1], dim=-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+        self.lm.train(training)
+        agrees = torch.allclose(ours.float(), theirs, atol=1e-3 if layer.weight.dtype == torch.float32 else 5e-2)
+        if not agrees:
+            warnings.warn(
+                f"{type(self.base).__name__} transforms its logits in an unknown way: scoring goes through the full "
+                "logits, which takes more memory",
+                stacklevel=3,
+            )
+        return agrees
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        decoder = self.base.get_decoder()
+        output = decoder(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(mask), use_cache=False
+        )
+        return output.last_hidden_state
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the last ``length`` tokens of every row.
+
+        Args:
+            input_ids: prompts (padded on the left) and responses (padded on the right), ``(rows, prompt + length)``.
+            attention_mask: 1 at real tokens, same shape; ``None`` if no prompt is padded.
+            response_mask: which of the last ``length`` tokens count, ``(rows, length)``, bool.
+
+        Returns:
+            log-probabilities and entropies, both ``(rows, length)`` and 0 outside the mask.
+        """
+        length = response_mask.shape[1]
+        targets = input_ids[:, -length:]
+        if self.chunked:
+            hidden = self._hidden(input_ids, attention_mask)[:, -length - 1 : -1]
+            logps, entropies = chunked_logprobs(
+                hidden[response_mask],
+                self.head(),
+                targets[response_mask],
+                temperature=self.temperature,
+                chunk_size=self.chunk_size,
+            )
+        else:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            logits = self.lm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids(mask),
+                use_cache=False,
+                logits_to_keep=length + 1,
+            ).logits[:, -length - 1 : -1]
+            full = torch.log_softmax(logits[response_mask].float() / self.temperature, dim=-1)
+            logps = full.gather(1, targets[response_mask].unsqueeze(1)).squeeze(1)
+            entropies = -(full.exp() * full).sum(-1).detach()
+        zeros = torch.zeros(response_mask.shape, dtype=logps.dtype, device=logps.device)
+        return zeros.masked_scatter(response_mask, logps), zeros.masked_scatter(response_mask, entropies)
+
+    def score(
+        self, prompts: EncodedPrompts, responses: Tensor, mask: Tensor, *, micro_batch_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of responses to prompts, in micro-batches of similar length.
+
+        With gradients, a micro-batch keeps nothing but its inputs and is computed again in the backward pass, so that
+        the activations of one micro-batch at a time are in memory.
+
+        Args:
+            prompts: one prompt per response.
+            responses: generated tokens, ``(rows, length)``.
+            mask: which of them count, ``(rows, length)``, bool.
+            micro_batch_size: rows per pass; ``None`` for all at once.
+
+        Returns:
+            log-probabilities and entropies, both ``(rows, length)`` and 0 outside the mask.
+        """
+        rows = len(responses)
+        size = micro_batch_size or rows
+        order = torch.arange(rows, device=mask.device) if size >= rows else mask.sum(1).argsort(stable=True)
+        parts = []
+        for chosen in order.split(size):
+            used = max(1, int(mask[chosen].sum(1).max()))
+            prompt_mask = prompts.attention_mask[chosen]
+            first = int(prompt_mask.any(0).int().argmax())
+            tokens = torch.cat([prompts.input_ids[chosen, first:], responses[chosen, :used]], dim=1)
+            kept = mask[chosen, :used]
+            attention = None
+            if not bool(prompt_mask[:, first:].all()):
+                attention = torch.cat([prompt_mask[:, first:], kept.to(prompt_mask.dtype)], dim=1)
+            if micro_batch_size is not None and torch.is_grad_enabled():
+                scores = checkpoint(self.__call__, tokens, attention, kept, use_reentrant=False)
+            else:
+                scores = self(tokens, attention, kept)
+            parts.append([nn.functional.pad(score, (0, mask.shape[1] - used)) for score in scores])
+        back = order.argsort()
+        logps, entropies = (torch.cat(tensors)[back] for tensors in zip(*parts, strict=True))
+        return logps, entropies
+
+    def decode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, cache: Any
+    ) -> tuple[Tensor, Any]:
+        """Logits ``(rows, vocabulary)`` of the next token, at temperature 1, and the new key-value cache."""
+        output = self.lm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], output.past_key_values
+
+
+def load_causal_lm(
+    model: str | Mapping[str, Any] | PreTrainedModel,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model, or build one with random weights.
+
+    Args:
+        model: a local folder (of a model or an adapter) or hub id; a mapping of configuration fields with
+            ``model_type`` (random weights); or a model, which is returned as it is.
+        architecture: what the configuration of a loaded model must say; checked before its weights are read.
+        dtype: storage type of the weights.
+        attn_implementation: ``"eager"``, ``"sdpa"``, ``"flash_attention_2"`` ...; ``None`` for transformers' choice.
+        load_in_4bit: NF4 weights with bfloat16 arithmetic by bitsandbytes (CUDA).
+
+    Raises:
+        ValueError: if the configuration differs from ``architecture``, or ``model_type`` is missing.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    torch_dtype = getattr(torch, dtype)
+    if isinstance(model, Mapping):
+        return AutoModelForCausalLM.from_config(build_config(model), dtype=torch_dtype, **options)
+    if architecture:
+        found = AutoConfig.from_pretrained(model).to_dict()
+        for key, expected in architecture.items():
+            if found.get(key) != expected:
+                raise ValueError(f"architecture says {key}={expected!r}, but {model} has {found.get(key)!r}")
+    if load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype, **options)
+
+
+def build_config(fields: Mapping[str, Any]) -> Any:
+    """A ``transformers`` configuration from its fields; ``model_type`` names the family."""
+    fields = dict(fields)
+    if "model_type" not in fields:
+        raise ValueError(f"model has no model_type among {sorted(fields)}; give the family, such as model_type: llama")
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def load_tokenizer(tokenizer: str | Mapping[str, Any] | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, or build one that knows a list of words.
+
+    Args:
+        tokenizer: a local folder or hub id; ``{"words": [...]}`` for a word-level toy tokenizer with the special
+            tokens ``<pad>`` (0) and ``<eos>`` (1); or a tokenizer, which is returned as it is.
+
+    Raises:
+        ValueError: if it has no end-of-sequence token.
+    """
+    if isinstance(tokenizer, Mapping):
+        tokenizer = word_tokenizer(tokenizer["words"])
+    elif isinstance(tokenizer, str):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no EOS token: responses could never end; set tokenizer.eos_token")
+    return tokenizer
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that splits at white space and knows these words, ``<pad>`` (0) and ``<eos>`` (1)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+def end_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the tokenizer's, the generation config's, and the chat template's own."""
+    ends = {tokenizer.eos_token_id}
+    configured = getattr(lm.generation_config, "eos_token_id", None)
+    ends.update(configured if isinstance(configured, list) else [] if configured is None else [configured])
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "closing-answer"}]
+        tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).split("closing-answer")[-1]
+        tokens = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
+        if tokens and tokens[0] in {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}:
+            ends.add(tokens[0])
+    size = lm.config.get_text_config().vocab_size
+    return sorted(end for end in ends if end is not None and end < size)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """The text that the model continues: a plain prompt as it is, chat messages through the chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    if not tokenizer.chat_template:
+        raise ValueError("prompts are chat messages, but the tokenizer has no chat_template; use plain prompts")
+    return str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_length: int | None = None,
+    device: torch.device | str = "cpu",
+) -> EncodedPrompts:
+    """Tokenise prompts and pad them on the left.
+
+    Templates write their own special tokens, so chat prompts are tokenised without adding any.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompts: plain texts or lists of chat messages.
+        max_length: longer prompts lose their beginning, with a warning.
+        device: where the tensors go.
+
+    Raises:
+        ValueError: if a prompt has no tokens.
+    """
+    rows = [
+        tokenizer(render_prompt(tokenizer, prompt), add_special_tokens=isinstance(prompt, str))["input_ids"]
+        for prompt in prompts
+    ]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise ValueError(f"prompt {prompt!r} is empty after tokenisation; filter empty prompts")
+    if max_length is not None and any(len(row) > max_length for row in rows):
+        warnings.warn(
+            f"{sum(len(row) > max_length for row in rows)} prompts are longer than max_prompt_length={max_length} "
+            "tokens and were cut on the left",
+            stacklevel=2,
+        )
+        rows = [row[-max_length:] for row in rows]
+    length = max(len(row) for row in rows)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return EncodedPrompts(input_ids.to(device), mask.to(device))
+
+
+def disable_dropout(lm: nn.Module) -> None:
+    """Set every dropout probability of a model to zero, in modules and in the plain floats that attention reads."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, independent of their order and device."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def add_adapters(lm: nn.Module, lora: dict[str, Any], names: list[str]) -> nn.Module:
+    """A peft model with the trained adapter ``default`` and equal frozen ones; their log-ratios start at zero."""
+    try:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('LoRA needs peft: pip install "lit-methods[llm]"') from error
+    if getattr(lm, "is_loaded_in_4bit", False):
+        lm = prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False)
+    model = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **lora))
+    state = dict(model.named_parameters())
+    for name in names:
+        model.add_adapter(name, LoraConfig(task_type="CAUSAL_LM", **lora))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            for name in names:
+                if f".{name}." in path and "lora_" in path:
+                    parameter.copy_(state[path.replace(f".{name}.", ".default.")]).requires_grad_(False)
+    model.set_adapter("default")
+    return model
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, responses: list[str], pad_token_id: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Tokens of wanted responses with the end of sequence, padded on the right, and their mask, ``(rows, length)``."""
+    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in responses]
+    length = max(len(row) for row in rows)
+    tokens = torch.tensor([row + [pad_token_id] * (length - len(row)) for row in rows])
+    mask = torch.arange(length) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return tokens.to(device), mask.to(device)
+
+
+def leave_out(checkpoint: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Take weights that can be loaded again out of a checkpoint, which then holds their hash instead."""
+    checkpoint["base_weights_hash"] = weights_hash(weights) if weights else None
+    checkpoint["state_dict"] = {
+        name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in weights
+    }
+
+
+def complete(checkpoint: dict[str, Any], weights: Mapping[str, Tensor], source: object) -> None:
+    """Put weights back that :func:`leave_out` took out.
+
+    Raises:
+        ValueError: if they are not the same weights.
+    """
+    expected = checkpoint["base_weights_hash"]
+    if expected is None:
+        return
+    if weights_hash(weights) != expected:
+        raise ValueError(
+            f"the checkpoint leaves out base weights, and those of model={source!r} are not the ones it was trained "
+            "on; give the same model"
+        )
+    checkpoint["state_dict"] = {**weights, **checkpoint["state_dict"]}

@@ -1,0 +1,103 @@
+"""A small NashMP run that can kill itself; ``test_nash_mp.py`` starts it, one process per rank."""
+
+import argparse
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_methods.callbacks import ExactResume, SFTWarmup, WinRate
+from lit_methods.datamodules import PromptDataModule
+from lit_methods.llm import FunctionJudge, NashMP
+from tests.unit.llm.tiny import LLAMA, LORA, PROMPTS, WORDS, more_low_words
+
+STEPS, SAVE_EVERY = 8, 3
+
+
+class Watch(L.Callback):
+    """Writes down what every rank sees and does."""
+
+    def __init__(self, record: Path, kill_at: int | None) -> None:
+        self.record = record
+        self.kill_at = kill_at
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def total(name: str) -> str:
+            return sum(float(p.double().abs().sum()) for p in pl_module.player_parameters(name)).hex()
+
+        step = {
+            "step": trainer.global_step,
+            "rows": batch.rows.tolist(),
+            "draws": pl_module.last_responses,
+            "policy": total("policy"),
+            "target": total("target"),
+            "val": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")},
+        }
+        with self.record.open("a") as file:
+            file.write(json.dumps(step) + "\n")
+
+
+class Recording(NashMP):
+    """Remembers its last draws."""
+
+    last_responses: list[list[int]]
+
+    def _sample(self, *arguments: Any) -> Any:
+        responses = super()._sample(*arguments)
+        self.last_responses = responses.tolist()
+        return responses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--mode", default="prox")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--kill_at", type=int)
+    parser.add_argument("--resume", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    L.seed_everything(1, verbose=False)
+    module = Recording(
+        LLAMA,
+        FunctionJudge(more_low_words),
+        {"words": WORDS},
+        mode=args.mode,
+        inner_steps=2 if args.mode == "mirror_prox" else None,
+        lora=None if args.full else LORA,
+        max_new_tokens=5,
+        optimizer=lambda params: torch.optim.Adam(params, lr=3e-3),
+    )
+    rows = [{"prompt": f"{prompt} w{i}", "response": "w3 w4"} for prompt in PROMPTS for i in range(4)]
+    checkpoint = ModelCheckpoint(args.folder, every_n_train_steps=SAVE_EVERY, save_last=True)
+    watch = Watch(args.folder / f"rank{rank}.jsonl", args.kill_at)
+    trainer = L.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        strategy="ddp" if args.ranks > 1 else "auto",
+        devices=args.ranks,
+        use_distributed_sampler=False,
+        val_check_interval=2,
+        callbacks=[ExactResume(), SFTWarmup(steps=3), WinRate(), watch, checkpoint],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, PromptDataModule(rows, val_size=5, batch_size=2), ckpt_path=args.resume)
+    trainer.save_checkpoint(args.folder / "final.ckpt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lit_methods.batches import PromptBatch
+from lit_methods.datamodules import PromptDataModule
+from lit_methods.llm import FunctionJudge, NashMP
+from tests.unit.llm.tiny import LLAMA, LORA, PROMPTS, WORDS, more_low_words, save_tiny
+
+BATCH = PromptBatch(list(PROMPTS), [], torch.arange(len(PROMPTS)))
+
+
+def build(**options: Any) -> NashMP:
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {
+        "tokenizer": {"words": WORDS},
+        "max_new_tokens": 6,
+        "optimizer": lambda params: torch.optim.Adam(params, lr=3e-3),
+    }
+    model = NashMP(options.pop("model", LLAMA), FunctionJudge(more_low_words), **{**defaults, **options})
+    model.configure_model()
+    return model
+
+
+def trainer(folder: Path, steps: int, **options: Any) -> L.Trainer:
+    return L.Trainer(
+        **{
+            "default_root_dir": folder,
+            "accelerator": "cpu",
+            "max_steps": steps,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "use_distributed_sampler": False,
+            **options,
+        }
+    )
+
+
+def prompts(**options: Any) -> PromptDataModule:
+    return PromptDataModule(list(PROMPTS) * 3, val_size=4, **{"batch_size": 4, **options})
+
+
+def weights(module: NashMP, player: str) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.player_parameters(player)]
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"lora": LORA},
+    {"mode": "mirror_prox", "inner_steps": 2},
+    {"mode": "mirror_prox", "inner_steps": 2, "lora": LORA},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_players_are_equal_at_the_start(options: dict[str, Any]) -> None:
+    module = build(**options)
+    encoded = module.encode(list(PROMPTS))
+    responses = torch.randint(2, 20, (len(PROMPTS), 4))
+    mask = torch.ones_like(responses, dtype=torch.bool)
+    with torch.no_grad():
+        policy = module._score("policy", encoded, responses, mask)[0]
+        for name in ("reference", *module.frozen_players):
+            assert torch.equal(module._score(name, encoded, responses, mask)[0], policy), name
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_adapters_and_copies_are_isolated(lora: dict[str, Any] | None) -> None:
+    module = build(lora=lora, mode="mirror_prox")
+    names = ["reference", "target", "opponent"]
+    encoded = module.encode(list(PROMPTS))
+    responses = torch.randint(2, 20, (len(PROMPTS), 4))
+    mask = torch.ones_like(responses, dtype=torch.bool)
+
+    def scores(name: str) -> Tensor:
+        with torch.no_grad():
+            return module._score(name, encoded, responses, mask)[0]
+
+    start = {name: scores(name) for name in ["policy", *names]}
+    with torch.no_grad():
+        for parameter in module.player_parameters("policy"):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    for name in names:
+        assert torch.equal(scores(name), start[name]), name
+    assert (scores("policy") - start["policy"]).abs().max() > 0.1  # the reference is not the policy in disguise
+    module.move_player("target")
+    assert torch.equal(scores("target"), scores("policy"))
+    assert torch.equal(scores("opponent"), start["opponent"])
+    assert torch.equal(scores("reference"), start["reference"])
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_only_the_policy_is_trained_whatever_players_were_used(options: dict[str, Any]) -> None:
+    module = build(**options)
+    expected = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    trained = {id(parameter) for parameter in module.player_parameters("policy")}
+    assert {id(parameter) for parameter in module.parameters() if parameter.requires_grad} == trained
+    optimizer = module.configure_optimizers()
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
+    module.training_step(BATCH, 0).backward()
+    assert {name: parameter.requires_grad for name, parameter in module.named_parameters()} == expected
+    for parameter in module.parameters():
+        assert (parameter.grad is not None) == (id(parameter) in trained)
+
+
+def test_frozen_players_refuse_gradients_and_come_back_after_errors() -> None:
+    module = build(lora=LORA)
+    with pytest.raises(RuntimeError, match="no_grad"), module.player("reference"):
+        pass
+    with pytest.raises(KeyError), torch.no_grad(), module.player("target"):
+        raise KeyError
+    assert module.policy is not None
+    assert module.policy.lm.active_adapter == "default"
+    assert all(parameter.requires_grad for parameter in module.player_parameters("policy"))
+
+
+def test_target_is_the_moving_average_of_the_policy(tmp_path: Path) -> None:
+    for lora in (None, LORA):
+        module = build(kappa=0.25, lora=lora)
+        start = weights(module, "target")
+        trainer(tmp_path, 1).fit(module, prompts())
+        for old, new, policy in zip(start, weights(module, "target"), weights(module, "policy"), strict=True):
+            torch.testing.assert_close(new, 0.75 * old + 0.25 * policy)
+        assert not equal(start, weights(module, "target"))
+
+
+def test_kappa_one_makes_the_target_the_policy(tmp_path: Path) -> None:
+    module = build(kappa=1.0)
+    trainer(tmp_path, 3).fit(module, prompts())
+    assert equal(weights(module, "target"), weights(module, "policy"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        encoded = module.encode(list(PROMPTS))
+        tokens = torch.randint(2, 20, (len(PROMPTS), 4))
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        ratio = module._score("policy", encoded, tokens, mask)[0] - module._score("target", encoded, tokens, mask)[0]
+    assert ratio.abs().max() == 0
+
+
+def test_infinite_eta_is_self_play_without_a_target(tmp_path: Path) -> None:
+    module = build(eta=math.inf)
+    assert "target" not in module.frozen
+    trainer(tmp_path, 2).fit(module, prompts())
+    # a huge finite eta with the same draws takes the same steps
+    other = build(eta=1e12)
+    trainer(tmp_path, 2).fit(other, prompts())
+    for one, two in zip(weights(module, "policy"), weights(other, "policy"), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+def test_targets_move_once_per_optimizer_step_under_accumulation(tmp_path: Path) -> None:
+    module = build(inner_steps=2)
+    targets: list[bool] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            self.before = weights(module, "target")
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            targets.append(not equal(self.before, weights(module, "target")))
+
+    trainer(tmp_path, 4, accumulate_grad_batches=2, callbacks=[Watch()]).fit(module, prompts(batch_size=2))
+    assert targets == [False, False, False, True] * 2
+    assert module.inner_step == 4
+    assert module.batches_seen == 8
+
+
+def test_a_skipped_optimizer_step_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build()
+    optimizer = module.configure_optimizers()
+    parent = "lightning.pytorch.core.module.LightningModule.optimizer_step"
+    monkeypatch.setattr(parent, lambda self, epoch, batch_idx, optimizer, closure: None)  # what a GradScaler does
+    module.optimizer_step(0, 0, optimizer, lambda: None)
+    assert module.inner_step == 0
+    monkeypatch.setattr(parent, lambda self, epoch, batch_idx, optimizer, closure: optimizer.step())
+    module.optimizer_step(0, 0, optimizer, lambda: None)
+    assert module.inner_step == 1
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_mirror_prox_phases(tmp_path: Path, lora: dict[str, Any] | None) -> None:
+    module = build(mode="mirror_prox", inner_steps=2, lora=lora)
+    center = weights(module, "target")
+    history: list[tuple[Any, ...]] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            history.append((module._opponents()[0][0][0], module.phase))
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            states[batch_idx] = {name: weights(module, name) for name in ("policy", "target", "opponent")}
+
+    states: dict[int, Any] = {}
+    trainer(tmp_path, 5, callbacks=[Watch()]).fit(module, prompts())
+    assert history == [("target", 0), ("target", 0), ("opponent", 1), ("opponent", 1), ("target", 0)]
+    assert equal(states[1]["opponent"], states[1]["policy"])  # pi_{k+1/2} is frozen
+    assert equal(states[2]["opponent"], states[1]["policy"])
+    assert equal(states[2]["target"], center)  # the centre stays in both phases
+    assert equal(states[3]["target"], states[3]["policy"])
+    assert not equal(states[3]["target"], center)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("options", [{}, {"mode": "mirror_prox", "inner_steps": 2}])
+def test_resumes_to_the_bit(tmp_path: Path, lora: dict[str, Any] | None, options: dict[str, Any]) -> None:
+    def run(seed: int, checkpoint: Path | None) -> NashMP:
+        module = build(lora=lora, **options)
+        torch.manual_seed(seed)  # the global generator must not matter
+        keep = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        fit = trainer(tmp_path, 7, callbacks=[keep], enable_checkpointing=True)
+        fit.fit(module, prompts(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        return module
+
+    whole = run(1, None)
+    resumed = run(2, tmp_path / "step=3.ckpt")
+    for name in ("policy", *whole.frozen_players):
+        assert equal(weights(whole, name), weights(resumed, name)), name
+    assert (whole.phase, whole.inner_step, whole.batches_seen) == (
+        resumed.phase,
+        resumed.inner_step,
+        resumed.batches_seen,
+    )
+
+
+def test_learns_what_the_judge_prefers(tmp_path: Path) -> None:
+    for options in (
+        {},
+        {"loss_type": "ipo"},
+        {"kl_credit": "to_go"},
+        {"lora": {**LORA, "r": 8}},
+        {"micro_batch_size": 7},
+    ):
+        module = build(beta=0.02, samples_per_prompt=8, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), **options)
+
+        def share(module: NashMP) -> float:
+            words = [word for text in module.respond(list(PROMPTS) * 8, seed=9)[0] for word in text.split()]
+            return sum(int(word[1:]) < 6 for word in words) / len(words)
+
+        before = share(module)
+        trainer(tmp_path, 30).fit(module, prompts())
+        assert share(module) > before + 0.2, options
+
+
+def test_missing_end_loses(tmp_path: Path) -> None:
+    module = build(missing_eos_loses=True, samples_per_prompt=3)
+    responses = torch.tensor([[5, 1, 0], [5, 5, 5], [6, 6, 6]])
+    mask = module._response_mask(responses)
+    pref, pairs = module._preferences(["w0"], responses, mask, None)
+    assert pairs == 3
+    assert pref[0].tolist() == [[0.5, 1.0, 1.0], [0.0, 0.5, 0.5], [0.0, 0.5, 0.5]]
+
+
+def test_preferences_are_antisymmetric_and_ordered_by_prompt() -> None:
+    module = build(samples_per_prompt=3)
+    responses = torch.randint(2, 20, (6, 4))
+    mask = torch.ones_like(responses, dtype=torch.bool)
+    pref, _ = module._preferences(["w0", "w1"], responses, mask, None)
+    torch.testing.assert_close(pref + pref.mT, torch.ones(2, 3, 3))
+    texts = module.decode(responses, mask)
+    assert pref[1, 0, 2].item() == pytest.approx(more_low_words("", texts[3], texts[5]))
+    others = torch.randint(2, 20, (6, 4))
+    against, pairs = module._preferences(["w0", "w1"], responses, mask, others)
+    rivals = module.decode(others, mask)
+    assert pairs == 18
+    assert against[1, 2, 0].item() == pytest.approx(more_low_words("", texts[5], rivals[3]))
+
+
+def test_metrics_are_logged_with_masks(tmp_path: Path) -> None:
+    module = build(opponent="policy")
+    fit = trainer(tmp_path, 1, log_every_n_steps=1, val_check_interval=1)
+    fit.fit(module, prompts())
+    names = {
+        "loss", "kl/ref", "kl/ref_k3", "kl/target", "entropy", "preference/spread", "win_rate/opponent", "length/mean",
+        "eos_rate", "judge/pairs", "time/generate", "time/judge", "time/score", "tokens_per_s/generated",
+        "tokens_per_s/trained",
+    }  # fmt: skip
+    assert names <= {name.removeprefix("train/") for name in fit.callback_metrics}
+    assert fit.callback_metrics["train/kl/ref"] == 0
+    assert 0 < fit.callback_metrics["train/entropy"] <= math.log(20)
+    assert {"val/kl/ref", "val/entropy", "val/length/mean", "val/eos_rate"} <= set(fit.callback_metrics)
+
+
+def test_base_weights_stay_out_of_checkpoints_only_if_they_can_be_loaded_again(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base")
+
+    def checkpoint(module: NashMP) -> dict[str, Any]:
+        fit = trainer(tmp_path, 1)
+        fit.fit(module, prompts())
+        fit.save_checkpoint(tmp_path / "x.ckpt")
+        return torch.load(tmp_path / "x.ckpt", weights_only=True)
+
+    adapters = build(model=path, tokenizer=None, lora=LORA)
+    saved = checkpoint(adapters)
+    assert all("lora_" in name for name in saved["state_dict"])
+    assert len(saved["base_weights_hash"]) == 64
+    loaded = NashMP.load_from_checkpoint(tmp_path / "x.ckpt", judge=adapters.judge)
+    for name, value in adapters.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    whole = checkpoint(build(model=path, tokenizer=None))
+    assert not any(name.startswith("frozen.reference") for name in whole["state_dict"])
+    assert any(name.startswith("policy") for name in whole["state_dict"])
+    assert NashMP.load_from_checkpoint(tmp_path / "x.ckpt", judge=adapters.judge).policy is not None
+    assert checkpoint(build(lora=LORA))["base_weights_hash"] is None  # from a configuration: all of it
+    changed = build(model=path, tokenizer=None, lora=LORA)
+    changed.restart_from_policy()
+    assert checkpoint(changed)["base_weights_hash"] is None
+
+    checkpoint(adapters)
+    torch.manual_seed(99)
+    other = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    from lit_methods.llm.language_model import load_causal_lm
+
+    load_causal_lm(LLAMA).save_pretrained(path)
+    with pytest.raises(ValueError, match="not the ones it was trained on"):
+        NashMP.load_from_checkpoint(tmp_path / "x.ckpt", judge=adapters.judge)
+    assert other["nash_mp"]["inner_step"] == 2
+
+
+def test_full_precision_of_what_is_trained(tmp_path: Path) -> None:
+    module = build(lora=LORA, dtype="bfloat16")
+    assert module.policy is not None
+    assert module.policy.base.dtype == torch.bfloat16
+    assert {parameter.dtype for name in ("policy", "target") for parameter in module.player_parameters(name)} == {
+        torch.float32
+    }
+    trainer(tmp_path, 2).fit(module, prompts())
+    mixed = build()
+    trainer(tmp_path, 2, precision="bf16-mixed").fit(mixed, prompts())
+    assert all(torch.isfinite(parameter).all() for parameter in mixed.parameters())
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        trainer(tmp_path, 1, precision="bf16-true").fit(build(), prompts())
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain, saving = build(), build(gradient_checkpointing=True)
+    for module in (plain, saving):
+        trainer(tmp_path, 2).fit(module, prompts())
+    assert saving.policy is not None
+    assert saving.policy.base.is_gradient_checkpointing
+    for one, two in zip(weights(plain, "policy"), weights(saving, "policy"), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.0}, "beta must be"),
+        ({"eta": 0.0}, "eta must be"),
+        ({"kappa": 0.0}, "kappa must be"),
+        ({"kappa": 1.5}, "kappa must be"),
+        ({"samples_per_prompt": 1}, "samples_per_prompt must be"),
+        ({"inner_steps": 0}, "inner_steps must be"),
+        ({"mixture": 1.0}, "mixture must be"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be"),
+        ({"mode": "mirror_prox", "eta": math.inf}, "mirror_prox"),
+        ({"mode": "mirror_prox", "opponent": "policy"}, "mirror_prox"),
+        ({"dtype": "bfloat16"}, "bf16-mixed"),
+        ({"load_in_4bit": True}, "load_in_4bit needs lora"),
+        ({"lora": {"lora_dropout": 0.1}}, "lora_dropout must be 0"),
+        ({"lora": {"modules_to_save": ["lm_head"]}}, "adapters only"),
+        ({"tokenizer": None}, "tokenizer must be given"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_truncated_sampling_warns() -> None:
+    with pytest.warns(UserWarning, match="biased"):
+        build(top_k=5)
