@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from lit_methods.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
     from lit_methods.datamodules.digits import DigitsDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
     from lit_methods.datamodules.prompts import PromptDataModule
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from lit_methods.datamodules.word_game import WordGameDataModule
 
 __all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "MNISTDataModule",
@@ -23,6 +26,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "CIFAR10DataModule": "cifar",
+        "CIFAR100DataModule": "cifar",
         "DigitsDataModule": "digits",
         "FashionMNISTDataModule": "mnist",
         "MNISTDataModule": "mnist",

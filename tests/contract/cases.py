@@ -23,6 +23,8 @@ from lit_methods.callbacks import (
     WinRate,
 )
 from lit_methods.datamodules import (
+    CIFAR10DataModule,
+    CIFAR100DataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
     MNISTDataModule,
@@ -36,6 +38,7 @@ from lit_methods.llm.word_game import word_game_preference
 from lit_methods.nets import MLP
 from lit_methods.optim import MFAC
 from lit_methods.supervised import SupervisedModule
+from tests.cifar_files import write_cifar
 from tests.idx_files import write_mnist
 from tests.unit.llm.tiny import save_tiny_chat
 
@@ -269,6 +272,19 @@ def _mnist(datamodule: type[LightningDataModule], folder: Path, **arguments: Any
     return datamodule(**({"data_dir": str(folder), "batch_size": 4, "val_size": 8} | arguments))
 
 
+def _cifar(datamodule: type[CIFAR10DataModule], folder: Path, **arguments: Any) -> LightningDataModule:
+    if not any(folder.iterdir()):
+        write_cifar(folder, datamodule)
+    return datamodule(**({"data_dir": str(folder), "batch_size": 4, "val_size": 8} | arguments))
+
+
+_CIFAR_ARGUMENTS: list[tuple[Arguments, str]] = [
+    *_LOADER_ARGUMENTS,
+    ({"mean": (0.5,)}, "mean=.*three numbers"),
+    ({"std": (1.0, 0.0, 1.0)}, "std=.*three numbers > 0"),
+]
+
+
 def _tensors(folder: Path, **arguments: Any) -> LightningDataModule:
     rows = SupervisedBatch(torch.arange(40.0)[:, None], torch.arange(40) % 3)
     return TensorDataModule(train=rows, val=rows, test=rows, **({"batch_size": 4} | arguments))
@@ -286,6 +302,12 @@ def _word_game(folder: Path, **arguments: Any) -> LightningDataModule:
 DATAMODULES: dict[str, DataModuleCase] = {
     "lit_methods.datamodules.PromptDataModule": DataModuleCase(_prompts, bad=_LOADER_ARGUMENTS),
     "lit_methods.datamodules.WordGameDataModule": DataModuleCase(_word_game, bad=_LOADER_ARGUMENTS),
+    "lit_methods.datamodules.CIFAR10DataModule": DataModuleCase(
+        partial(_cifar, CIFAR10DataModule), bad=_CIFAR_ARGUMENTS
+    ),
+    "lit_methods.datamodules.CIFAR100DataModule": DataModuleCase(
+        partial(_cifar, CIFAR100DataModule), bad=[*_CIFAR_ARGUMENTS, ({"label": "medium"}, "label='medium'")]
+    ),
     "lit_methods.datamodules.TensorDataModule": DataModuleCase(_tensors, bad=_LOADER_ARGUMENTS[:3]),
     "lit_methods.datamodules.DigitsDataModule": DataModuleCase(
         lambda folder, **arguments: DigitsDataModule(**arguments),

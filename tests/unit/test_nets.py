@@ -41,8 +41,8 @@ def test_resnet_shortcut_subsamples_and_pads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "widen", "classes", "parameters"),
-    [(40, 4, 10, 8_949_210), (16, 4, 10, 2_748_890), (40, 2, 10, 2_243_546)],
+    ("depth", "widen_factor", "parameters"),
+    [(40, 4, 8_949_210), (16, 4, 2_748_890), (40, 2, 2_243_546)],
 )
 def test_wide_resnets_have_the_published_sizes(depth, widen_factor, parameters) -> None:
     """8.9M, 2.7M and 2.2M in tables of Zagoruyko and Komodakis."""
