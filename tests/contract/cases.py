@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_methods.batches import SupervisedBatch
-from lit_methods.callbacks import ExactResume, LearningCurves, ResultTable
+from lit_methods.callbacks import EmpiricalFisherMonitor, ExactResume, LearningCurves, MFACPruning, ResultTable
 from lit_methods.datamodules import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, TensorDataModule
 from lit_methods.nets import MLP
 from lit_methods.optim import MFAC
@@ -91,6 +91,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"history_dtype": "int8"}, "history_dtype must be"),
             ({"window_scale": "half"}, "window_scale must be"),
             ({"solver": "lu"}, "solver must be"),
+            ({"solver": "rank2", "window_scale": "filled"}, "needs window_scale"),
         ],
     ),
 }
@@ -114,12 +115,37 @@ MODULES: dict[str, ModuleCase] = {
 }
 
 CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.EmpiricalFisherMonitor": CallbackCase(
+        lambda: EmpiricalFisherMonitor(num_grads=4, batch_size=6),
+        bad=[
+            (lambda: EmpiricalFisherMonitor(num_grads=0), "num_grads must be"),
+            (lambda: EmpiricalFisherMonitor(batch_size=0), "batch_size must be"),
+            (lambda: EmpiricalFisherMonitor(num_eigenvalues=0), "num_eigenvalues must be"),
+            (lambda: EmpiricalFisherMonitor(every_n_epochs=0), "every_n_epochs must be"),
+            (lambda: EmpiricalFisherMonitor(seed=-1), "seed must be"),
+        ],
+    ),
     "lit_methods.callbacks.ExactResume": CallbackCase(ExactResume, bad=[]),
     "lit_methods.callbacks.LearningCurves": CallbackCase(
         LearningCurves,
         bad=[
             (lambda: LearningCurves(metrics=[]), "metrics must name"),
             (lambda: LearningCurves(name="a/b"), "name must be"),
+        ],
+    ),
+    "lit_methods.callbacks.MFACPruning": CallbackCase(
+        lambda: MFACPruning(schedule={0: 0.25, 1: 0.5}, num_grads=4, batch_size=6, recomputations=2),
+        bad=[
+            (MFACPruning, "target_sparsity or schedule"),
+            (lambda: MFACPruning(1.0), "target_sparsity must"),
+            (lambda: MFACPruning(schedule={1: 0.5, 2: 0.4}), "schedule must not decrease"),
+            (lambda: MFACPruning(0.5, num_grads=0), "num_grads must be"),
+            (lambda: MFACPruning(0.5, batch_size=0), "batch_size must be"),
+            (lambda: MFACPruning(0.5, damping=0.0), "damping must be"),
+            (lambda: MFACPruning(0.5, block_size=0), "block_size must be"),
+            (lambda: MFACPruning(0.5, recomputations=0), "recomputations must be"),
+            (lambda: MFACPruning(0.5, scope="row"), "scope must be"),  # type: ignore[arg-type]
+            (lambda: MFACPruning(0.5, seed=-1), "seed must be"),
         ],
     ),
     "lit_methods.callbacks.ResultTable": CallbackCase(
