@@ -51,6 +51,10 @@ class SFTWarmup(Callback):
         if self.done:
             return
         module: Any = pl_module
+        if any(hasattr(parameter, "full_tensor") for parameter in module.policy.parameters()):
+            raise ValueError(
+                "SFTWarmup does not work on a sharded model; use strategy: ddp, or SupervisedFineTuning first"
+            )
         parameters = [p for p in module.policy.parameters() if p.is_floating_point()]
         needed_grad = [p.requires_grad for p in parameters]
         trained = [p for name, p in module.policy.named_parameters() if p.is_floating_point() and "lora_" not in name]

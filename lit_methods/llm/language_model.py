@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -80,6 +82,16 @@ class LanguageModel(nn.Module):
             getattr(config, "logits_scaling", None) or 1.0
         )
         return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the weights over a one-dimensional device mesh (FSDP2): each decoder block by itself, then the rest."""
+        blocks = set(self.base._no_split_modules or [])
+        for module in self.base.modules():
+            if type(module).__name__ in blocks:
+                fully_shard(module, mesh=mesh)
+        fully_shard(self, mesh=mesh, reshard_after_forward=True)  # frozen players have no backward pass to do it
+        register_fsdp_forward_method(self, "decode")
+        self.synchronised = True
 
     @torch.no_grad()
     def _head_agrees(self) -> bool:

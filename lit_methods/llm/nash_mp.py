@@ -63,7 +63,8 @@ class NashMP(LightningModule):
     With ``lora`` the reference is the model with its adapters off, and the target (and opponent) are further adapters;
     without, they are frozen copies. The model is built in ``configure_model``. Batches are
     :class:`~lit_methods.batches.PromptBatch`. Randomness is a function of (``seed``, rank, number of batches seen).
-    Dropout is switched off, because sampling and scoring must see one policy.
+    Dropout is switched off, because sampling and scoring must see one policy. Runs on one device, under DDP, and, for
+    full fine-tuning, under ``ModelParallelStrategy`` (FSDP2: policy and frozen copies are sharded over the ranks).
 
     Logs ``train/...``: ``loss``, ``kl/ref``, ``kl/ref_k3``, ``kl/target``, ``entropy``, ``preference/spread``,
     ``win_rate/opponent`` (separate opponents only), ``length/mean``, ``eos_rate``, ``judge/pairs``,
@@ -256,6 +257,11 @@ class NashMP(LightningModule):
         else:
             lm = add_adapters(lm, self.lora, self.frozen_players)
         self.policy = self._wrap(lm)
+        if self._device_mesh is not None:
+            if self.lora is not None:
+                raise ValueError("lora does not work with ModelParallelStrategy (FSDP2); use strategy: ddp")
+            for model in (self.policy, *self.frozen.values()):
+                model.shard(self._device_mesh["data_parallel"])  # type: ignore[operator]
 
     def _wrap(self, lm: nn.Module) -> LanguageModel:
         model = LanguageModel(lm, temperature=self.generation.temperature, chunk_size=self.logprob_chunk_size)
@@ -271,6 +277,8 @@ class NashMP(LightningModule):
         if name == "policy":
             yield self.policy
             return
+        if name not in ("reference", *self.frozen_players):
+            raise ValueError(f"there is no player {name!r} with mode={self.mode!r} and eta={self.eta}")
         if torch.is_grad_enabled():
             raise RuntimeError(f"player {name!r} is frozen: use it under torch.no_grad()")
         if self.lora is None:
@@ -584,7 +592,7 @@ class NashMP(LightningModule):
 
     def _reloadable(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The part of a state dict that is in the model's folder: the base under LoRA, else the reference."""
-        if not isinstance(self._model, str) or self.base_changed:
+        if not isinstance(self._model, str) or self.base_changed or self._device_mesh is not None:
             return {}
         if self.lora is None:
             return {name: tensor for name, tensor in state.items() if name.startswith("frozen.reference.")}

@@ -10,6 +10,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
 
 from lit_methods.callbacks import ExactResume, SFTWarmup, WinRate
 from lit_methods.datamodules import PromptDataModule
@@ -32,7 +34,7 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         def total(name: str) -> str:
-            return sum(float(p.double().abs().sum()) for p in pl_module.player_parameters(name)).hex()
+            return sum(float(whole(p).double().abs().sum()) for p in pl_module.player_parameters(name)).hex()
 
         step = {
             "step": trainer.global_step,
@@ -44,6 +46,10 @@ class Watch(L.Callback):
         }
         with self.record.open("a") as file:
             file.write(json.dumps(step) + "\n")
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 class Recording(NashMP):
@@ -63,6 +69,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--mode", default="prox")
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--no-warmup", action="store_true")
     parser.add_argument("--kill_at", type=int)
     parser.add_argument("--resume", type=Path)
     args = parser.parse_args()
@@ -82,14 +90,16 @@ def main() -> None:
     rows = [{"prompt": f"{prompt} w{i}", "response": "w3 w4"} for prompt in PROMPTS for i in range(4)]
     checkpoint = ModelCheckpoint(args.folder, every_n_train_steps=SAVE_EVERY, save_last=True)
     watch = Watch(args.folder / f"rank{rank}.jsonl", args.kill_at)
+    warmup = [] if args.no_warmup else [SFTWarmup(steps=3)]
     trainer = L.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
-        strategy="ddp" if args.ranks > 1 else "auto",
+        strategy=ModelParallelStrategy() if args.sharded else "ddp" if args.ranks > 1 else "auto",
         devices=args.ranks,
         use_distributed_sampler=False,
         val_check_interval=2,
-        callbacks=[ExactResume(), SFTWarmup(steps=3), WinRate(), watch, checkpoint],
+        callbacks=[ExactResume(), *warmup, WinRate(), watch, checkpoint],
+        gradient_clip_val=1.0,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

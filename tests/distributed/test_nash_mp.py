@@ -73,3 +73,15 @@ def check_ranks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> No
         assert one["val"] == other["val"]
     assert len({step["policy"] for step in first}) == STEPS
     assert 0 < first[-1]["val"]["val/win_rate/reference"] < 1
+
+
+def test_sharded_weights_take_the_same_steps_as_ddp(tmp_path: Path) -> None:
+    """FSDP2 on two gloo ranks, against DDP: other order of sums, same draws."""
+    ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
+    assert start(ddp, 2, "--full", "--no-warmup") == [0, 0], (ddp / "output0.txt").read_text()
+    assert start(fsdp, 2, "--full", "--no-warmup", "--sharded") == [0, 0], (fsdp / "output0.txt").read_text()
+    for rank in range(2):
+        for one, other in zip(steps(ddp, rank), steps(fsdp, rank), strict=True):
+            assert one["draws"] == other["draws"]
+            for name in ("policy", "target"):
+                assert float.fromhex(one[name]) == pytest.approx(float.fromhex(other[name]), rel=1e-5)

@@ -126,6 +126,13 @@ def test_frozen_players_refuse_gradients_and_come_back_after_errors() -> None:
     assert all(parameter.requires_grad for parameter in module.player_parameters("policy"))
 
 
+def test_players_that_do_not_exist_are_named() -> None:
+    with pytest.raises(ValueError, match="no player 'target' with mode='prox' and eta=inf"):
+        build(eta=math.inf).respond(PROMPTS, "target")
+    with pytest.raises(ValueError, match="no player 'opponent'"):
+        build(lora=LORA).respond(PROMPTS, "opponent")
+
+
 def test_target_is_the_moving_average_of_the_policy(tmp_path: Path) -> None:
     for lora in (None, LORA):
         module = build(kappa=0.25, lora=lora)
