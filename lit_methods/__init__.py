@@ -12,7 +12,7 @@ try:
 except PackageNotFoundError:  # used from a checkout that is not installed
     __version__ = "0.0.0"
 
-__all__ = ["callbacks", "datamodules", "metrics", "nets", "optim", "recipes", "supervised"]
+__all__ = ["callbacks", "datamodules", "metrics", "nets", "optim", "recipes", "sensing", "supervised"]
 
 
 def __getattr__(name: str) -> ModuleType:
