@@ -6,9 +6,11 @@ from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from lit_methods.callbacks.convergence_curves import ConvergenceCurves
+    from lit_methods.callbacks.convergence_rates import ConvergenceRates
     from lit_methods.callbacks.empirical_fisher_monitor import EmpiricalFisherMonitor
     from lit_methods.callbacks.exact_resume import ExactResume
     from lit_methods.callbacks.export_hf import ExportHF
+    from lit_methods.callbacks.factor_rebalancing import FactorRebalancing
     from lit_methods.callbacks.learning_curves import LearningCurves
     from lit_methods.callbacks.mfac_pruning import MFACPruning
     from lit_methods.callbacks.result_table import ResultTable
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConvergenceCurves",
+    "ConvergenceRates",
     "EmpiricalFisherMonitor",
     "ExactResume",
     "ExportHF",
+    "FactorRebalancing",
     "LearningCurves",
     "MFACPruning",
     "ResultTable",
@@ -33,9 +37,11 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "ConvergenceCurves": "convergence_curves",
+        "ConvergenceRates": "convergence_rates",
         "EmpiricalFisherMonitor": "empirical_fisher_monitor",
         "ExactResume": "exact_resume",
         "ExportHF": "export_hf",
+        "FactorRebalancing": "factor_rebalancing",
         "LearningCurves": "learning_curves",
         "MFACPruning": "mfac_pruning",
         "ResultTable": "result_table",

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lit_methods.datamodules.digits import DigitsDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
     from lit_methods.datamodules.prompts import PromptDataModule
+    from lit_methods.datamodules.sensing import SensingDataModule
     from lit_methods.datamodules.tensors import TensorDataModule
     from lit_methods.datamodules.word_game import WordGameDataModule
 
@@ -19,6 +20,7 @@ __all__ = [
     "FashionMNISTDataModule",
     "MNISTDataModule",
     "PromptDataModule",
+    "SensingDataModule",
     "TensorDataModule",
     "WordGameDataModule",
 ]
@@ -26,12 +28,13 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "CIFAR10DataModule": "cifar",
         "CIFAR100DataModule": "cifar",
+        "CIFAR10DataModule": "cifar",
         "DigitsDataModule": "digits",
         "FashionMNISTDataModule": "mnist",
         "MNISTDataModule": "mnist",
         "PromptDataModule": "prompts",
+        "SensingDataModule": "sensing",
         "TensorDataModule": "tensors",
         "WordGameDataModule": "word_game",
     },

@@ -17,6 +17,7 @@ class SupervisedBatch(NamedTuple):
     y: Tensor
 
 
+<<<<<<< HEAD
 Prompt = str | list[dict[str, str]]
 """A plain text, or chat messages ``[{"role": ..., "content": ...}, ...]`` that end before the assistant's answer."""
 
@@ -33,3 +34,54 @@ class PromptBatch(NamedTuple):
     prompts: list[Prompt]
     responses: list[str]
     rows: Tensor
+=======
+class SensingBatch(NamedTuple):
+    """Linear measurements ``y_i = <A_i, M>`` of an unknown matrix ``M``, normalised to be isotropic.
+
+    Isotropic means that ``mean_i <A_i, M>^2`` is about the squared Frobenius norm of ``M`` (of symmetric ``M``, when
+    the ``A_i`` are symmetric), as with independent standard normal entries.
+
+    Attributes:
+        matrices: the ``A_i``, ``(batch, rows, columns)``, floating point.
+        values: the ``y_i``, ``(batch,)``.
+    """
+
+    matrices: Tensor
+    values: Tensor
+
+    def measure(self, left: Tensor, right: Tensor) -> Tensor:
+        """``<A_i, left right^T>``: factors ``(..., rows, k)`` and ``(..., columns, k)`` to ``(..., batch)``."""
+        return (left @ right.mT).flatten(-2) @ self.matrices.flatten(1).mT
+
+
+class EntriesBatch(NamedTuple):
+    """Observed entries of an unknown ``(n1, n2)`` matrix ``M``; a :class:`SensingBatch` that stores indices only.
+
+    Entry ``(i, j)`` stands for the measurement matrix ``sqrt(n1 n2) e_i e_j^T``, which makes uniformly drawn entries
+    isotropic.
+
+    Attributes:
+        rows: row indices ``i``, int64 ``(batch,)``.
+        columns: column indices ``j``, int64 ``(batch,)``.
+        values: ``sqrt(n1 n2) M_ij``, ``(batch,)``.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def measure(self, left: Tensor, right: Tensor) -> Tensor:
+        """``sqrt(n1 n2) (left right^T)_ij`` without the product matrix; shapes as :meth:`SensingBatch.measure`."""
+        pairs = left.index_select(-2, self.rows) * right.index_select(-2, self.columns)
+        return (left.shape[-2] * right.shape[-2]) ** 0.5 * pairs.sum(-1)
+
+
+class MatrixBatch(NamedTuple):
+    """The matrix that a sensing problem asks for; what recovery is judged by.
+
+    Attributes:
+        matrix: ``(1, rows, columns)``, floating point.
+    """
+
+    matrix: Tensor
+>>>>>>> four

@@ -1,39 +1,17 @@
 """One case per public piece: how to build it, what it must refuse, and why a check does not apply."""
 
+import torch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
-
 from lit_methods.batches import SupervisedBatch
-from lit_methods.callbacks import (
-    ConvergenceCurves,
-    EmpiricalFisherMonitor,
-    ExactResume,
-    ExportHF,
-    LearningCurves,
-    MFACPruning,
-    ResultTable,
-    SampleTable,
-    SFTWarmup,
-    WinRate,
-)
-from lit_methods.datamodules import (
-    CIFAR10DataModule,
-    CIFAR100DataModule,
-    DigitsDataModule,
-    FashionMNISTDataModule,
-    MNISTDataModule,
-    PromptDataModule,
-    TensorDataModule,
-    WordGameDataModule,
-)
+from lit_methods.callbacks import ConvergenceCurves, ConvergenceRates, EmpiricalFisherMonitor, ExactResume, ExportHF, FactorRebalancing, LearningCurves, MFACPruning, ResultTable, SFTWarmup, SampleTable, WinRate
+from lit_methods.datamodules import CIFAR100DataModule, CIFAR10DataModule, DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, PromptDataModule, SensingDataModule, TensorDataModule, WordGameDataModule
 from lit_methods.games import PreferenceGame
 from lit_methods.llm import FunctionJudge, NashMP, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
@@ -43,6 +21,7 @@ from lit_methods.supervised import SupervisedModule
 from tests.cifar_files import write_cifar
 from tests.idx_files import write_mnist
 from tests.unit.llm.tiny import save_tiny_chat
+from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
 
 Arguments = dict[str, Any]
 
@@ -217,6 +196,48 @@ MODULES: dict[str, ModuleCase] = {
         forward_inputs=lambda: (torch.ones(2, 1, 8, 8),),
         bad=[(lambda: SupervisedModule(MLP(4, [], 1), num_classes=1), "num_classes must be")],
     ),
+    "lit_methods.sensing.SymmetricSensing": ModuleCase(
+        config={
+            "model": _module("lit_methods.sensing.SymmetricSensing", size=6, factor_rank=3, init_scales=[0.5, 0.2]),
+            "data": _module(
+                "lit_methods.datamodules.SensingDataModule", rows=6, rank=2, num_measurements=40, batch_size=8
+            ),
+        },
+        make=lambda: SymmetricSensing(6, 3),
+        forward_inputs=lambda: (),
+        bad=[
+            (lambda: SymmetricSensing(0, 3), "size must be"),
+            (lambda: SymmetricSensing(6, 0), "factor_rank must be"),
+            (lambda: SymmetricSensing(6, 3, ()), "init_scales must hold"),
+            (lambda: SymmetricSensing(6, 3, (0.0,)), "init_scales must hold"),
+        ],
+    ),
+    "lit_methods.sensing.AsymmetricSensing": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.sensing.AsymmetricSensing", rows=6, columns=4, factor_rank=3, init_scales=[0.5, 0.2]
+            ),
+            "data": _module(
+                "lit_methods.datamodules.SensingDataModule",
+                rows=6,
+                columns=4,
+                rank=2,
+                symmetric=False,
+                measurements="entries",
+                num_measurements=20,
+                steps_per_epoch=5,
+            ),
+        },
+        make=lambda: AsymmetricSensing(6, 4, 3),
+        forward_inputs=lambda: (),
+        bad=[
+            (lambda: AsymmetricSensing(0, 4, 3), "rows must be"),
+            (lambda: AsymmetricSensing(6, 0, 3), "columns must be"),
+            (lambda: AsymmetricSensing(6, 4, 0), "factor_rank must be"),
+            (lambda: AsymmetricSensing(6, 4, 3, (-1.0,)), "init_scales must hold"),
+            (lambda: AsymmetricSensing(6, 4, 3, imbalance=0.0), "imbalance must be"),
+        ],
+    ),
 }
 
 _LANGUAGE_MODELS_ONLY = {
@@ -233,6 +254,21 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: EmpiricalFisherMonitor(num_eigenvalues=0), "num_eigenvalues must be"),
             (lambda: EmpiricalFisherMonitor(every_n_epochs=0), "every_n_epochs must be"),
             (lambda: EmpiricalFisherMonitor(seed=-1), "seed must be"),
+    "lit_methods.callbacks.ConvergenceRates": CallbackCase(
+        lambda: ConvergenceRates(["loss", "val_loss"]),
+        bad=[
+            (lambda: ConvergenceRates([]), "metrics must name"),
+            (lambda: ConvergenceRates(["loss"], from_step=0), "from_step must be"),
+            (lambda: ConvergenceRates(["loss"], floor=0.0), "floor must be"),
+        ],
+    ),
+    "lit_methods.callbacks.FactorRebalancing": CallbackCase(
+        lambda: FactorRebalancing("layer.weight", "layer.weight", at_step=2),
+        bad=[
+            (lambda: FactorRebalancing(at_step=0), "at_step must be"),
+            (lambda: FactorRebalancing(loss_fraction=1.0), "loss_fraction must be"),
+            (lambda: FactorRebalancing(beta=0.0), "beta must be"),
+            (lambda: FactorRebalancing(rank=0), "rank must be"),
         ],
     ),
     "lit_methods.callbacks.ExactResume": CallbackCase(ExactResume, bad=[]),
@@ -344,10 +380,28 @@ DATAMODULES: dict[str, DataModuleCase] = {
     "lit_methods.datamodules.FashionMNISTDataModule": DataModuleCase(
         partial(_mnist, FashionMNISTDataModule), bad=_LOADER_ARGUMENTS
     ),
+    "lit_methods.datamodules.SensingDataModule": DataModuleCase(
+        lambda folder, **arguments: SensingDataModule(
+            **({"rows": 5, "rank": 2, "num_measurements": 20, "batch_size": 4} | arguments)
+        ),
+        bad=[
+            *_LOADER_ARGUMENTS[:3],
+            ({"rows": 0}, "rows=0: must be"),
+            ({"rank": 6}, "rank=6: must be"),
+            ({"num_measurements": 0}, "num_measurements=0: must be"),
+            ({"steps_per_epoch": 0}, "steps_per_epoch=0: must be"),
+            ({"condition_number": 0.5}, "condition_number=0.5: must be"),
+            ({"noise_std": -1.0}, "noise_std=-1.0: must be"),
+            ({"measurements": "fourier"}, "measurements='fourier': must be"),
+            ({"dtype": "int8"}, "dtype='int8': must be"),
+        ],
+    ),
     "lit_methods.datamodules.MNISTDataModule": DataModuleCase(partial(_mnist, MNISTDataModule), bad=_LOADER_ARGUMENTS),
 }
 
 _TINY = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"]
+
+_TINY_SENSING = ["--trainer.max_epochs=1", "--trainer.val_check_interval=4", "--data.steps_per_epoch=8"]
 
 RECIPES: dict[str, RecipeCase] = {
     "nash_mp/matrix_games": RecipeCase(["--model.num_iterations=3"]),
@@ -364,6 +418,11 @@ RECIPES: dict[str, RecipeCase] = {
     "nash_mp/tiny_intransitive": RecipeCase(
         ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.num_rows=64", "--data.val_size=4"]
     ),
+    "matrix_sensing/asymmetric": RecipeCase(_TINY_SENSING),
+    "matrix_sensing/gaussian_one_step": RecipeCase([*_TINY_SENSING, "--data.num_measurements=50"]),
+    "matrix_sensing/one_step": RecipeCase(_TINY_SENSING),
+    "matrix_sensing/symmetric": RecipeCase(_TINY_SENSING),
+    "matrix_sensing/symmetric_exact": RecipeCase(_TINY_SENSING),
     "mfac/digits": RecipeCase(_TINY),
     "mfac/fashion_mnist": RecipeCase(
         [*_TINY, "--data.data_dir=.", "--data.val_size=8", "--data.batch_size=8"], prepare=write_mnist

@@ -1,0 +1,133 @@
+"""The one-step modification of gradient descent on two factors, for any module with pairs of factors."""
+
+import re
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lit_methods.sensing import rebalance_factors_
+
+
+class FactorRebalancing(Callback):
+    """Rebalance pairs of factors once during training, with :func:`~lit_methods.sensing.rebalance_factors_`.
+
+    From then on an over-parameterised product ``F G^T`` trains at a rate that no longer depends on how small its
+    factors started (arXiv 2310.01769, eq. 5.1). The product does not change. Optimizer state of the factors (momentum,
+    Adam moments) belongs to the old coordinates and is dropped, with a log message.
+
+    It fires after the optimizer step ``at_step``; or, without ``at_step``, as soon as the training loss has fallen
+    below ``loss_fraction`` of its first value, or by less than 20 % within the last 50 steps after it had halved. (The
+    second way reads the loss at every step, which on CUDA waits for the device.) The pairs are found by name::
+
+        FactorRebalancing()                                           # AsymmetricSensing
+        FactorRebalancing("(.*)lora_B(.*)", r"\\1lora_A\\2", True)      # LoRA of peft: lora_B (out, r), lora_A (r, in)
+
+    Under DDP rank zero computes and broadcasts. Sharded (FSDP, DTensor) factors are refused.
+
+    Args:
+        left: regular expression that the whole name of a left factor's parameter ``(..., rows, k)`` matches.
+        right: the name of its right factor ``(..., columns, k)``, a replacement template for ``left``.
+        right_is_transposed: the right factor is stored as ``(..., k, columns)``.
+        at_step: number of optimizer steps after which to fire, >= 1; ``None``: decided by the loss.
+        loss_fraction: fraction of the first training loss, in (0, 1).
+        beta: new singular value of the left factors, > 0; ``None``: half the signal's smallest singular value, rooted.
+        rank: rank of the signal, for the default ``beta``; ``None``: by the largest gap.
+
+    Raises:
+        ValueError: an argument out of range; when training starts: no parameter matches, or one has no partner.
+    """
+
+    def __init__(
+        self,
+        left: str = r"(.*\.)?left",
+        right: str = r"\1right",
+        right_is_transposed: bool = False,
+        at_step: int | None = None,
+        loss_fraction: float = 0.01,
+        beta: float | None = None,
+        rank: int | None = None,
+    ) -> None:
+        if at_step is not None and at_step < 1:
+            raise ValueError(f"at_step must be at least 1, or None, got {at_step}")
+        if not 0 < loss_fraction < 1:
+            raise ValueError(f"loss_fraction must be in (0, 1), got {loss_fraction}")
+        if beta is not None and beta <= 0:
+            raise ValueError(f"beta must be > 0, or None, got {beta}")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank must be at least 1, or None, got {rank}")
+        self.left = left
+        self.right = right
+        self.right_is_transposed = right_is_transposed
+        self.at_step = at_step
+        self.loss_fraction = loss_fraction
+        self.beta = beta
+        self.rank = rank
+        self.fired_at: int | None = None
+        self.losses: list[float] = []  # the first, and the last 50
+
+    def state_dict(self) -> dict[str, Any]:
+        """When it fired, and the losses that decide."""
+        return {"fired_at": self.fired_at, "losses": list(self.losses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.fired_at = state_dict["fired_at"]
+        self.losses = list(state_dict["losses"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse modules without pairs before anything is trained."""
+        self._pairs(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Fire when it is time."""
+        if self.fired_at is None and self._is_time(trainer, outputs):
+            self._fire(trainer, pl_module)
+
+    def _is_time(self, trainer: Trainer, outputs: Any) -> bool:
+        if self.at_step is not None:
+            return trainer.global_step >= self.at_step
+        loss = outputs["loss"].detach().clone()
+        if trainer.world_size > 1:  # ranks must decide alike
+            dist.all_reduce(loss)
+            loss /= trainer.world_size
+        self.losses.append(float(loss))
+        first, last = self.losses[0], self.losses[-1]
+        before = self.losses[-51] if len(self.losses) > 51 else None
+        del self.losses[1:-51]
+        stalls = before is not None and before < 0.5 * first and last > 0.8 * before
+        return last < self.loss_fraction * first or stalls
+
+    def _fire(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for left, right in self._pairs(pl_module):
+            if trainer.is_global_zero:
+                rebalance_factors_(
+                    left.data, right.data.mT if self.right_is_transposed else right.data, self.beta, self.rank
+                )
+            for factor in (left, right):
+                if trainer.world_size > 1:
+                    dist.broadcast(factor.data, 0)
+                for optimizer in trainer.optimizers:
+                    optimizer.state.pop(factor, None)
+        self.fired_at = trainer.global_step
+        rank_zero_info(f"FactorRebalancing: after step {self.fired_at}; the factors' optimizer state starts anew.")
+
+    def _pairs(self, pl_module: LightningModule) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        parameters = dict(pl_module.named_parameters())
+        pairs = []
+        for name in parameters:
+            if match := re.fullmatch(self.left, name):
+                partner = match.expand(self.right)
+                if partner not in parameters:
+                    raise ValueError(f"right={self.right!r} gives {partner!r} for {name!r}, which is no parameter")
+                pairs.append((parameters[name], parameters[partner]))
+        if not pairs:
+            raise ValueError(f"left={self.left!r} matches none of the parameters {sorted(parameters)}")
+        if any(isinstance(factor, DTensor) for pair in pairs for factor in pair):
+            raise ValueError("FactorRebalancing needs whole factors, not DTensors: keep the pairs out of fully_shard")
+        return pairs

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lit_methods.callbacks import FactorRebalancing
+from lit_methods.datamodules import SensingDataModule
+from lit_methods.sensing import AsymmetricSensing
+from tests.distributed.launch import run_ranks
+
+
+def fit(callback, module, steps, folder, **arguments):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(
+        max_steps=steps,
+        callbacks=[callback],
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        **quiet,
+        **arguments,
+    )
+    data = SensingDataModule(10, rank=2, measurements="entries", num_measurements=None)
+    trainer.fit(module, data)
+    return trainer
+
+
+def test_fires_once_at_the_step_and_drops_momentum(tmp_path):
+    torch.manual_seed(0)
+    module = AsymmetricSensing(10, 10, 4, (0.5,), optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5))
+    callback = FactorRebalancing(at_step=30, beta=0.5)
+    trainer = fit(callback, module, 30, tmp_path)
+    assert callback.fired_at == 30
+    torch.testing.assert_close(torch.linalg.svdvals(module.left[0]), torch.full((4,), 0.5))
+    assert not trainer.optimizers[0].state
+
+
+def test_fires_by_the_loss(tmp_path):
+    torch.manual_seed(0)
+    callback = FactorRebalancing()
+    fit(callback, AsymmetricSensing(10, 10, 4, (0.3,)), 600, tmp_path)
+    first, *_, last = callback.losses
+    assert callback.fired_at is not None
+    assert 20 < callback.fired_at < 600
+    assert last < 0.01 * first or last > 0.8 * callback.losses[-51]
+    copy = FactorRebalancing()
+    copy.load_state_dict(callback.state_dict())
+    assert (copy.fired_at, copy.losses) == (callback.fired_at, callback.losses)
+
+
+class LowRank(nn.Module):
+    """The layout of LoRA in peft."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(6, 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, 5, bias=False)})
+
+    def forward(self, x):
+        return self.lora_B["default"](self.lora_A["default"](x))
+
+
+class Lora(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([LowRank(), LowRank()])
+
+    def training_step(self, batch, batch_idx):
+        return sum(layer(torch.ones(1, 6)).square().sum() for layer in self.layers)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_finds_lora_pairs_and_keeps_their_product(tmp_path):
+    torch.manual_seed(0)
+    module = Lora()
+    before = [layer(torch.eye(6)) for layer in module.layers]
+    fit(FactorRebalancing("(.*)lora_B(.*)", r"\1lora_A\2", True, at_step=1, beta=2.0), module, 2, tmp_path)
+    for layer, outputs in zip(module.layers, before, strict=True):
+        torch.testing.assert_close(layer(torch.eye(6)), outputs)
+        torch.testing.assert_close(torch.linalg.svdvals(layer.lora_B["default"].weight), torch.full((3,), 2.0))
+
+
+def test_names_that_match_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="matches none of the parameters"):
+        fit(FactorRebalancing("lefty"), AsymmetricSensing(10, 10, 2), 1, tmp_path)
+    with pytest.raises(ValueError, match="which is no parameter"):
+        fit(FactorRebalancing(right="righty"), AsymmetricSensing(10, 10, 2), 1, tmp_path)
+
+
+def _train(rank):
+    class Gloo:  # the Trainer's part of the contract, on a process group that already runs
+        world_size, global_rank, is_global_zero, global_step = 2, rank, rank == 0, 7
+        optimizers = ()
+
+    torch.manual_seed(0)
+    module = AsymmetricSensing(6, 6, 3, (1.0,))
+    if rank:
+        module.right.data += 1e-3  # ranks that would not agree by themselves
+    callback = FactorRebalancing(at_step=7)
+    callback.on_train_batch_end(Gloo(), module, None, None, 0)
+    return callback.fired_at, module.left.detach(), module.right.detach()
+
+
+def test_ranks_get_the_factors_of_rank_zero():
+    (step, left, right), (step_1, left_1, right_1) = run_ranks(_train, 2)
+    assert step == step_1 == 7
+    assert torch.equal(left, left_1)
+    assert torch.equal(right, right_1)
