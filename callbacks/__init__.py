@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lit_methods.callbacks.factor_rebalancing import FactorRebalancing
     from lit_methods.callbacks.learning_curves import LearningCurves
     from lit_methods.callbacks.mfac_pruning import MFACPruning
+    from lit_methods.callbacks.pruning_curve import PruningCurve
     from lit_methods.callbacks.result_table import ResultTable
     from lit_methods.callbacks.sample_table import SampleTable
     from lit_methods.callbacks.sft_warmup import SFTWarmup
@@ -27,6 +28,7 @@ __all__ = [
     "FactorRebalancing",
     "LearningCurves",
     "MFACPruning",
+    "PruningCurve",
     "ResultTable",
     "SFTWarmup",
     "SampleTable",
@@ -44,6 +46,7 @@ __getattr__, __dir__ = lazy_exports(
         "FactorRebalancing": "factor_rebalancing",
         "LearningCurves": "learning_curves",
         "MFACPruning": "mfac_pruning",
+        "PruningCurve": "pruning_curve",
         "ResultTable": "result_table",
         "SFTWarmup": "sft_warmup",
         "SampleTable": "sample_table",

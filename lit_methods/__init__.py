@@ -1,17 +1,25 @@
 """Published machine-learning methods as drop-in PyTorch Lightning software.
 
-Submodules load on first use, so ``import lit_methods`` costs nothing beyond ``import torch``."""
+Submodules load on first use, so ``import lit_methods`` costs nothing beyond ``import torch``.
+"""
 
-from typing import TYPE_CHECKING
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
-from lit_methods._lazy import lazy_exports
+try:
+    __version__ = version("lit-methods")
+except PackageNotFoundError:  # used from a checkout that is not installed
+    __version__ = "0.0.0"
 
-if TYPE_CHECKING:
+__all__ = ["callbacks", "datamodules", "games", "llm", "metrics", "nets", "optim", "recipes", "sensing", "supervised"]
 
-__all__ = []
 
-__getattr__, __dir__ = lazy_exports(
-    __name__,
-    {
-    },
-)
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

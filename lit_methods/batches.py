@@ -17,7 +17,6 @@ class SupervisedBatch(NamedTuple):
     y: Tensor
 
 
-<<<<<<< HEAD
 Prompt = str | list[dict[str, str]]
 """A plain text, or chat messages ``[{"role": ..., "content": ...}, ...]`` that end before the assistant's answer."""
 
@@ -34,7 +33,8 @@ class PromptBatch(NamedTuple):
     prompts: list[Prompt]
     responses: list[str]
     rows: Tensor
-=======
+
+
 class SensingBatch(NamedTuple):
     """Linear measurements ``y_i = <A_i, M>`` of an unknown matrix ``M``, normalised to be isotropic.
 
@@ -84,4 +84,3 @@ class MatrixBatch(NamedTuple):
     """
 
     matrix: Tensor
->>>>>>> four

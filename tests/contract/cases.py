@@ -1,27 +1,53 @@
 """One case per public piece: how to build it, what it must refuse, and why a check does not apply."""
 
-import torch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
+
 from lit_methods.batches import SupervisedBatch
-from lit_methods.callbacks import ConvergenceCurves, ConvergenceRates, EmpiricalFisherMonitor, ExactResume, ExportHF, FactorRebalancing, LearningCurves, MFACPruning, ResultTable, SFTWarmup, SampleTable, WinRate
-from lit_methods.datamodules import CIFAR100DataModule, CIFAR10DataModule, DigitsDataModule, FashionMNISTDataModule, MNISTDataModule, PromptDataModule, SensingDataModule, TensorDataModule, WordGameDataModule
+from lit_methods.callbacks import (
+    ConvergenceCurves,
+    ConvergenceRates,
+    EmpiricalFisherMonitor,
+    ExactResume,
+    ExportHF,
+    FactorRebalancing,
+    LearningCurves,
+    MFACPruning,
+    PruningCurve,
+    ResultTable,
+    SampleTable,
+    SFTWarmup,
+    WinRate,
+)
+from lit_methods.datamodules import (
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    MNISTDataModule,
+    PromptDataModule,
+    SensingDataModule,
+    TensorDataModule,
+    WordGameDataModule,
+)
 from lit_methods.games import PreferenceGame
 from lit_methods.llm import FunctionJudge, NashMP, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
 from lit_methods.nets import MLP
 from lit_methods.optim import MFAC
+from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
 from lit_methods.supervised import SupervisedModule
 from tests.cifar_files import write_cifar
 from tests.idx_files import write_mnist
 from tests.unit.llm.tiny import save_tiny_chat
-from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
 
 Arguments = dict[str, Any]
 
@@ -254,6 +280,8 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: EmpiricalFisherMonitor(num_eigenvalues=0), "num_eigenvalues must be"),
             (lambda: EmpiricalFisherMonitor(every_n_epochs=0), "every_n_epochs must be"),
             (lambda: EmpiricalFisherMonitor(seed=-1), "seed must be"),
+        ],
+    ),
     "lit_methods.callbacks.ConvergenceRates": CallbackCase(
         lambda: ConvergenceRates(["loss", "val_loss"]),
         bad=[
@@ -312,6 +340,13 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: MFACPruning(0.5, scope="row"), "scope must be"),  # type: ignore[arg-type]
             (lambda: MFACPruning(0.5, seed=-1), "seed must be"),
         ],
+    ),
+    "lit_methods.callbacks.PruningCurve": CallbackCase(
+        lambda: PruningCurve("test_loss", [0.5], [1], num_grads=4, batch_size=6),
+        bad=[(lambda: PruningCurve("test_loss", [], [1]), "sparsities must not be empty")],
+        not_applicable={
+            "check_state_survives_a_checkpoint": "It keeps nothing between steps: it works after training has ended."
+        },
     ),
     "lit_methods.callbacks.ResultTable": CallbackCase(
         ResultTable,
@@ -426,5 +461,10 @@ RECIPES: dict[str, RecipeCase] = {
     "mfac/digits": RecipeCase(_TINY),
     "mfac/fashion_mnist": RecipeCase(
         [*_TINY, "--data.data_dir=.", "--data.val_size=8", "--data.batch_size=8"], prepare=write_mnist
+    ),
+    "mfac/prune_digits": RecipeCase(_TINY),
+    "mfac/prune_fashion_mnist": RecipeCase(
+        [*_TINY[1:], "--trainer.max_epochs=9", "--data.data_dir=.", "--data.val_size=8", "--data.batch_size=8"],
+        prepare=write_mnist,
     ),
 }
