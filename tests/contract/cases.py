@@ -343,7 +343,7 @@ CALLBACKS: dict[str, CallbackCase] = {
     ),
     "lit_methods.callbacks.PruningCurve": CallbackCase(
         lambda: PruningCurve("test_loss", [0.5], [1], num_grads=4, batch_size=6),
-        bad=[(lambda: PruningCurve("test_loss", [], [1]), "sparsities must not be empty")],
+        bad=[(lambda: PruningCurve("test_loss", [], [1]), "sparsities and recomputations must not be empty")],
         not_applicable={
             "check_state_survives_a_checkpoint": "It keeps nothing between steps: it works after training has ended."
         },
