@@ -6,9 +6,11 @@ from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from lit_methods.callbacks.convergence_curves import ConvergenceCurves
+    from lit_methods.callbacks.empirical_fisher_monitor import EmpiricalFisherMonitor
     from lit_methods.callbacks.exact_resume import ExactResume
     from lit_methods.callbacks.export_hf import ExportHF
     from lit_methods.callbacks.learning_curves import LearningCurves
+    from lit_methods.callbacks.mfac_pruning import MFACPruning
     from lit_methods.callbacks.result_table import ResultTable
     from lit_methods.callbacks.sample_table import SampleTable
     from lit_methods.callbacks.sft_warmup import SFTWarmup
@@ -16,9 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConvergenceCurves",
+    "EmpiricalFisherMonitor",
     "ExactResume",
     "ExportHF",
     "LearningCurves",
+    "MFACPruning",
     "ResultTable",
     "SFTWarmup",
     "SampleTable",
@@ -29,9 +33,11 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "ConvergenceCurves": "convergence_curves",
+        "EmpiricalFisherMonitor": "empirical_fisher_monitor",
         "ExactResume": "exact_resume",
         "ExportHF": "export_hf",
         "LearningCurves": "learning_curves",
+        "MFACPruning": "mfac_pruning",
         "ResultTable": "result_table",
         "SFTWarmup": "sft_warmup",
         "SampleTable": "sample_table",

@@ -162,7 +162,7 @@ class FisherInverse:
         factors, info = torch.linalg.cholesky_ex(fisher)
         if info.any():
             if part.dtype == torch.float64:
-                raise RuntimeError(f"F is not positive definite in float64 with damping={self.damping}; raise it")
+                raise self._indefinite()
             return self._invert_blocks(part.double()).to(part.dtype)
         return torch.cholesky_inverse(factors).to(part.dtype)
 
@@ -174,8 +174,13 @@ class FisherInverse:
             gram.addmm_(part, part.t())
         factor, info = torch.linalg.cholesky_ex(gram)
         if info:
-            raise RuntimeError(f"F is not positive definite in float64 with damping={self.damping}; raise it")
+            raise self._indefinite()
         return factor
+
+    def _indefinite(self) -> RuntimeError:
+        return RuntimeError(
+            f"F is not positive definite in float64 with damping={self.damping}: raise it (or a gradient is not finite)"
+        )
 
 
 def collect_gradients(
@@ -185,6 +190,7 @@ def collect_gradients(
     num_grads: int,
     params: Iterable[nn.Parameter] | None = None,
     *,
+    columns: Tensor | None = None,
     batch_size_per_grad: int | None = None,
     eval_mode: bool = True,
     out_device: torch.device | str | None = None,
@@ -201,6 +207,7 @@ def collect_gradients(
             iterator goes on where it stands.
         num_grads: rows wanted, >= 1.
         params: which parameters of ``module``, in this order; None: all that require gradients.
+        columns: indices of the coordinates to keep of each gradient; None: all d.
         batch_size_per_grad: samples per gradient. None: one gradient per batch of the dataloader. 1: per-sample
             gradients by ``torch.func`` (``vmap`` of ``grad``, so no batch norm in training mode). Otherwise batches are
             cut, and what is left over at their ends is not used.
@@ -209,7 +216,7 @@ def collect_gradients(
         dtype: of the result; None: the parameters' (float32 at least).
 
     Returns:
-        (num_grads, d), columns in the order of ``params``; parameters that the loss does not use have zeros.
+        (num_grads, d or len(columns)), in the order of ``params``; parameters that the loss does not use have zeros.
 
     Raises:
         ValueError: an argument out of range, or the dataloader gave too little.
@@ -224,7 +231,8 @@ def collect_gradients(
     device = chosen[0].device
     for p in chosen:
         dtype = dtype or torch.promote_types(p.dtype, torch.float32)
-    result = torch.empty(num_grads, sum(p.numel() for p in chosen), dtype=dtype, device=out_device or device)
+    width = sum(p.numel() for p in chosen) if columns is None else len(columns)
+    result = torch.empty(num_grads, width, dtype=dtype, device=out_device or device)
     filled = 0
     with _evaluation_mode(module, eval_mode), torch.enable_grad():
         while filled < num_grads:
@@ -233,6 +241,7 @@ def collect_gradients(
                 batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
                 for rows in _batch_gradients(module, loss_fn, batch, chosen, batch_size_per_grad):
                     rows = rows[: num_grads - filled]
+                    rows = rows if columns is None else rows[:, columns]
                     result[filled : filled + len(rows)] = rows
                     filled += len(rows)
                     if filled == num_grads:

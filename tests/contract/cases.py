@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 from lit_methods.batches import SupervisedBatch
 from lit_methods.callbacks import (
     ConvergenceCurves,
+    EmpiricalFisherMonitor,
     ExactResume,
     ExportHF,
     LearningCurves,
+    MFACPruning,
     ResultTable,
     SampleTable,
     SFTWarmup,
@@ -114,6 +116,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"history_dtype": "int8"}, "history_dtype must be"),
             ({"window_scale": "half"}, "window_scale must be"),
             ({"solver": "lu"}, "solver must be"),
+            ({"solver": "rank2", "window_scale": "filled"}, "needs window_scale"),
         ],
     ),
 }
@@ -222,6 +225,16 @@ _LANGUAGE_MODELS_ONLY = {
 }
 
 CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.EmpiricalFisherMonitor": CallbackCase(
+        lambda: EmpiricalFisherMonitor(num_grads=4, batch_size=6),
+        bad=[
+            (lambda: EmpiricalFisherMonitor(num_grads=0), "num_grads must be"),
+            (lambda: EmpiricalFisherMonitor(batch_size=0), "batch_size must be"),
+            (lambda: EmpiricalFisherMonitor(num_eigenvalues=0), "num_eigenvalues must be"),
+            (lambda: EmpiricalFisherMonitor(every_n_epochs=0), "every_n_epochs must be"),
+            (lambda: EmpiricalFisherMonitor(seed=-1), "seed must be"),
+        ],
+    ),
     "lit_methods.callbacks.ExactResume": CallbackCase(ExactResume, bad=[]),
     "lit_methods.callbacks.ConvergenceCurves": CallbackCase(
         lambda: ConvergenceCurves(["kl"]),
@@ -247,6 +260,21 @@ CALLBACKS: dict[str, CallbackCase] = {
         bad=[
             (lambda: LearningCurves(metrics=[]), "metrics must name"),
             (lambda: LearningCurves(name="a/b"), "name must be"),
+        ],
+    ),
+    "lit_methods.callbacks.MFACPruning": CallbackCase(
+        lambda: MFACPruning(schedule={0: 0.25, 1: 0.5}, num_grads=4, batch_size=6, recomputations=2),
+        bad=[
+            (MFACPruning, "target_sparsity or schedule"),
+            (lambda: MFACPruning(1.0), "target_sparsity must"),
+            (lambda: MFACPruning(schedule={1: 0.5, 2: 0.4}), "schedule must not decrease"),
+            (lambda: MFACPruning(0.5, num_grads=0), "num_grads must be"),
+            (lambda: MFACPruning(0.5, batch_size=0), "batch_size must be"),
+            (lambda: MFACPruning(0.5, damping=0.0), "damping must be"),
+            (lambda: MFACPruning(0.5, block_size=0), "block_size must be"),
+            (lambda: MFACPruning(0.5, recomputations=0), "recomputations must be"),
+            (lambda: MFACPruning(0.5, scope="row"), "scope must be"),  # type: ignore[arg-type]
+            (lambda: MFACPruning(0.5, seed=-1), "seed must be"),
         ],
     ),
     "lit_methods.callbacks.ResultTable": CallbackCase(

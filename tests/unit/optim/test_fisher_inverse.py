@@ -125,7 +125,7 @@ def test_indefinite_in_float32_is_done_again_in_float64():
     expected = dense_inverse(grads.double(), 1e-3)
     torch.testing.assert_close(inverse.diagonal().double(), expected.diagonal(), rtol=1e-3, atol=0)
     for block_size in (8, None):
-        with pytest.raises(RuntimeError, match=r"not positive definite in float64 with damping=1e-30; raise it"):
+        with pytest.raises(RuntimeError, match=r"not positive definite in float64 with damping=1e-30: raise it"):
             FisherInverse.from_gradients(base.expand(20 if block_size else 5, 8), 1e-30, block_size)
 
 

@@ -524,6 +524,32 @@ def test_noncontiguous_parameters():
     assert torch.equal(p.detach().contiguous(), q.detach())
 
 
+def test_grad_scaler_and_autocast():
+    """Unscaled gradients reach the window; on overflow the scaler leaves the step out."""
+    net, reference = make_net(), make_net()
+    optimizer, expected = (MFAC(n.parameters(), lr=1e-2, num_grads=4, damping=1e-2) for n in (net, reference))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for t in range(6):
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(t))
+        for n, o in ((net, optimizer), (reference, expected)):
+            o.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (n(x) - x[:, :2].sin()).float().square().mean()
+            if n is reference:
+                if t != 3:
+                    loss.backward()
+                    o.step()
+                continue
+            scaler.scale(loss).backward()
+            if t == 3:
+                next(net.parameters()).grad[0, 0] = math.inf
+            scaler.step(o)
+            scaler.update()
+    for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert optimizer.state["mfac"]["count"] == 5
+
+
 @pytest.mark.parametrize("extra", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}])
 def test_excluded_zero_weights_are_frozen_and_not_stored(extra):
     torch.manual_seed(18)
