@@ -7,6 +7,7 @@ from lit_methods._lazy import lazy_exports
 if TYPE_CHECKING:
     from lit_methods.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
     from lit_methods.datamodules.digits import DigitsDataModule
+    from lit_methods.datamodules.glue import GLUEDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
     from lit_methods.datamodules.tensors import TensorDataModule
 
@@ -15,6 +16,7 @@ __all__ = [
     "CIFAR100DataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "GLUEDataModule",
     "MNISTDataModule",
     "TensorDataModule",
 ]
@@ -26,6 +28,7 @@ __getattr__, __dir__ = lazy_exports(
         "CIFAR100DataModule": "cifar",
         "DigitsDataModule": "digits",
         "FashionMNISTDataModule": "mnist",
+        "GLUEDataModule": "glue",
         "MNISTDataModule": "mnist",
         "TensorDataModule": "tensors",
     },
