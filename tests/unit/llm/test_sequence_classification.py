@@ -162,7 +162,7 @@ def test_loads_a_folder_in_training_mode(saved, tmp_path) -> None:
 
 
 def test_architecture_completes_and_checks_a_loaded_configuration(saved, tmp_path) -> None:
-    """As published for BERT-tiny, whose configuration does not say what family it is."""
+    """Old configurations do not say what family they are of."""
     path = tmp_path / "config.json"
     found = json.loads(path.read_text())
     del found["model_type"]
