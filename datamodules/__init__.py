@@ -7,6 +7,7 @@ from lit_methods._lazy import lazy_exports
 if TYPE_CHECKING:
     from lit_methods.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
     from lit_methods.datamodules.digits import DigitsDataModule
+    from lit_methods.datamodules.glue import GLUEDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
     from lit_methods.datamodules.prompts import PromptDataModule
     from lit_methods.datamodules.sensing import SensingDataModule
@@ -18,6 +19,7 @@ __all__ = [
     "CIFAR100DataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "GLUEDataModule",
     "MNISTDataModule",
     "PromptDataModule",
     "SensingDataModule",
@@ -32,6 +34,7 @@ __getattr__, __dir__ = lazy_exports(
         "CIFAR10DataModule": "cifar",
         "DigitsDataModule": "digits",
         "FashionMNISTDataModule": "mnist",
+        "GLUEDataModule": "glue",
         "MNISTDataModule": "mnist",
         "PromptDataModule": "prompts",
         "SensingDataModule": "sensing",

@@ -84,3 +84,20 @@ class MatrixBatch(NamedTuple):
     """
 
     matrix: Tensor
+
+
+class TokenBatch(NamedTuple):
+    """One mini-batch of tokenised texts or pairs of texts, padded on the right to the longest row of the batch.
+
+    Attributes:
+        input_ids: ``(batch, length)`` int64, tokens with the tokenizer's special ones.
+        attention_mask: ``(batch, length)`` int64, 1 at tokens and 0 at padding.
+        token_type_ids: ``(batch, length)`` int64, 0 in the first text and 1 in the second where the tokenizer tells
+            them apart, else 0.
+        labels: ``(batch,)`` int64 class indices or float32 values; -1 where the label is not known.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor
+    labels: Tensor

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lit_methods.llm.nash_loss import nash_prox_loss
     from lit_methods.llm.nash_mp import NashMP
     from lit_methods.llm.sampling import LocalSampler, Sampler, VLLMSampler
+    from lit_methods.llm.sequence_classification import SequenceClassification
     from lit_methods.llm.sft import SupervisedFineTuning
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "RewardModelJudge",
     "Sampler",
     "ScoreJudge",
+    "SequenceClassification",
     "SupervisedFineTuning",
     "VLLMSampler",
     "nash_prox_loss",
@@ -48,6 +50,7 @@ __getattr__, __dir__ = lazy_exports(
         "RewardModelJudge": "judges",
         "Sampler": "sampling",
         "ScoreJudge": "judges",
+        "SequenceClassification": "sequence_classification",
         "SupervisedFineTuning": "sft",
         "VLLMSampler": "sampling",
         "nash_prox_loss": "nash_loss",

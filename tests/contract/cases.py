@@ -32,6 +32,7 @@ from lit_methods.datamodules import (
     CIFAR100DataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
+    GLUEDataModule,
     MNISTDataModule,
     PromptDataModule,
     SensingDataModule,
@@ -39,13 +40,14 @@ from lit_methods.datamodules import (
     WordGameDataModule,
 )
 from lit_methods.games import PreferenceGame
-from lit_methods.llm import FunctionJudge, NashMP, SupervisedFineTuning
+from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
 from lit_methods.nets import MLP
 from lit_methods.optim import MFAC
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
 from lit_methods.supervised import SupervisedModule
 from tests.cifar_files import write_cifar
+from tests.glue_files import write_glue
 from tests.idx_files import write_mnist
 from tests.unit.llm.tiny import save_tiny_chat
 
@@ -69,13 +71,17 @@ class OptimizerCase:
 
 @dataclass(frozen=True)
 class ModuleCase:
-    """``config`` is a CLI config of module and datamodule; ``make`` builds the module directly, without the CLI."""
+    """``config`` is a CLI config of module and datamodule; ``make`` builds the module directly, without the CLI.
+
+    ``prepare`` fills the working folder of a run with the data that ``config`` reads.
+    """
 
     config: dict[str, Any]
     make: Callable[[], LightningModule]
     forward_inputs: Callable[[], tuple[Tensor, ...]]
     bad: list[tuple[Callable[[], object], str]]
     not_applicable: dict[str, str] = field(default_factory=dict)
+    prepare: Callable[[Path], None] = lambda folder: None
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,15 @@ def _nash_mp(**arguments: Any) -> NashMP:
 
 _NO_FORWARD = {"check_compiles": "It samples and decodes texts and has no forward to capture."}
 
+_TINY_BERT = {
+    "model_type": "bert",
+    "vocab_size": 23,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
 MODULES: dict[str, ModuleCase] = {
     "lit_methods.llm.NashMP": ModuleCase(
         config={
@@ -206,6 +221,29 @@ MODULES: dict[str, ModuleCase] = {
             "check_runs_finite_in_mixed_bfloat16": "It has no parameters; its iterates are float64 by design.",
             "check_logs_without_warnings": "Without optimizer steps max_steps never ends the run.",
         },
+    ),
+    "lit_methods.llm.SequenceClassification": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.llm.SequenceClassification",
+                model=_TINY_BERT,
+                metrics=["accuracy", "f1", "matthews"],
+                warmup=0.1,
+                optimizer=_module("lit_methods.optim.MFAC", lr=1e-2, num_grads=4, damping=1e-3),
+            ),
+            "data": _module(
+                "lit_methods.datamodules.GLUEDataModule", task="rte", tokenizer="tokenizer", data_dir=".", batch_size=4
+            ),
+        },
+        make=lambda: SequenceClassification(_TINY_BERT),
+        forward_inputs=lambda: (torch.arange(8).view(2, 4), torch.ones(2, 4).long(), torch.zeros(2, 4).long()),
+        bad=[
+            (lambda: SequenceClassification(_TINY_BERT, num_labels=1), "num_labels must be"),
+            (lambda: SequenceClassification(_TINY_BERT, warmup=1.0), "warmup must be"),
+            (lambda: SequenceClassification(_TINY_BERT, metrics=["pearson"]), "metrics must name"),
+            (lambda: SequenceClassification({"hidden_size": 8}), "model has no model_type"),
+        ],
+        prepare=write_glue,
     ),
     "lit_methods.supervised.SupervisedModule": ModuleCase(
         config={
@@ -377,6 +415,15 @@ def _cifar(datamodule: type[CIFAR10DataModule], folder: Path, **arguments: Any) 
     return datamodule(**({"data_dir": str(folder), "batch_size": 4, "val_size": 8} | arguments))
 
 
+def _glue(folder: Path, **arguments: Any) -> LightningDataModule:
+    if not any(folder.iterdir()):
+        write_glue(folder)
+    tokenizer = str(folder / "tokenizer")
+    return GLUEDataModule(
+        **({"task": "rte", "tokenizer": tokenizer, "data_dir": str(folder), "batch_size": 4} | arguments)
+    )
+
+
 _CIFAR_ARGUMENTS: list[tuple[Arguments, str]] = [
     *_LOADER_ARGUMENTS,
     ({"mean": (0.5,)}, "mean=.*three numbers"),
@@ -429,6 +476,14 @@ DATAMODULES: dict[str, DataModuleCase] = {
             ({"noise_std": -1.0}, "noise_std=-1.0: must be"),
             ({"measurements": "fourier"}, "measurements='fourier': must be"),
             ({"dtype": "int8"}, "dtype='int8': must be"),
+        ],
+    ),
+    "lit_methods.datamodules.GLUEDataModule": DataModuleCase(
+        _glue,
+        bad=[
+            *_LOADER_ARGUMENTS[:3],
+            ({"task": "squad"}, "task='squad': must be one of cola"),
+            ({"max_length": 0}, "max_length=0: must be"),
         ],
     ),
     "lit_methods.datamodules.MNISTDataModule": DataModuleCase(partial(_mnist, MNISTDataModule), bad=_LOADER_ARGUMENTS),

@@ -101,8 +101,10 @@ CHECKS = [check for name, check in list(globals().items()) if name.startswith("c
 
 
 def write_config(case: ModuleCase, folder: Path, **trainer: object) -> str:
-    """Write the case's config with trainer settings for a tiny run; returns the path."""
+    """Write the case's data, and its config with trainer settings for a tiny run; returns the config's path."""
     path = folder / "config.yaml"
+    if not path.exists():
+        case.prepare(folder)
     path.write_text(yaml.safe_dump({"seed_everything": 1, **case.config, "trainer": {**QUIET, **trainer}}))
     return str(path)
 
