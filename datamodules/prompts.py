@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -118,11 +119,19 @@ class PromptDataModule(LightningDataModule):
         return self._loader(rows, sampler, self.batch_size, drop_last=True)
 
     def val_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
-        """Held-out prompts in order, each once; this rank's share."""
+        """Held-out prompts in order; this rank's share. Each once, unless the model is sharded over the ranks.
+
+        Ranks that share a model must take equally many steps: there, the first prompts are repeated at the end.
+        """
         if not self.val_rows:
             return []
         rows = _Rows(self.val_rows)
-        return self._loader(rows, UnrepeatedSampler(rows, *self._ranks()), self.val_batch_size, drop_last=False)
+        sharded = self.trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        world_size, rank = self._ranks()
+        sampler: DistributedSampler[Row] = UnrepeatedSampler(rows, world_size, rank)
+        if sharded:
+            sampler = DistributedSampler(rows, world_size, rank, shuffle=False)
+        return self._loader(rows, sampler, self.val_batch_size, drop_last=False)
 
     def test_dataloader(self) -> StatefulDataLoader | list[StatefulDataLoader]:
         """The held-out prompts."""

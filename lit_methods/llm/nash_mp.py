@@ -64,7 +64,8 @@ class NashMP(LightningModule):
     without, they are frozen copies. The model is built in ``configure_model``. Batches are
     :class:`~lit_methods.batches.PromptBatch`. Randomness is a function of (``seed``, rank, number of batches seen).
     Dropout is switched off, because sampling and scoring must see one policy. Runs on one device, under DDP, and, for
-    full fine-tuning, under ``ModelParallelStrategy`` (FSDP2: policy and frozen copies are sharded over the ranks).
+    full fine-tuning, under ``ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)`` (FSDP2: policy and
+    frozen copies are sharded over the ranks).
 
     Logs ``train/...``: ``loss``, ``kl/ref``, ``kl/ref_k3``, ``kl/target``, ``entropy``, ``preference/spread``,
     ``win_rate/opponent`` (separate opponents only), ``length/mean``, ``eos_rate``, ``judge/pairs``,
@@ -260,6 +261,11 @@ class NashMP(LightningModule):
         if self._device_mesh is not None:
             if self.lora is not None:
                 raise ValueError("lora does not work with ModelParallelStrategy (FSDP2); use strategy: ddp")
+            if self._device_mesh["tensor_parallel"].size() > 1:
+                raise ValueError(
+                    "tensor parallelism is not supported: set data_parallel_size of ModelParallelStrategy to the "
+                    "number of devices, tensor_parallel_size to 1 (its defaults are the other way round)"
+                )
             for model in (self.policy, *self.frozen.values()):
                 model.shard(self._device_mesh["data_parallel"])  # type: ignore[operator]
 

@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--mode", default="prox")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--sgd", action="store_true")
     parser.add_argument("--no-warmup", action="store_true")
     parser.add_argument("--kill_at", type=int)
     parser.add_argument("--resume", type=Path)
@@ -85,7 +86,7 @@ def main() -> None:
         inner_steps=2 if args.mode == "mirror_prox" else None,
         lora=None if args.full else LORA,
         max_new_tokens=5,
-        optimizer=lambda params: torch.optim.Adam(params, lr=3e-3),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.05) if args.sgd else torch.optim.Adam(params, lr=3e-3),
     )
     rows = [{"prompt": f"{prompt} w{i}", "response": "w3 w4"} for prompt in PROMPTS for i in range(4)]
     checkpoint = ModelCheckpoint(args.folder, every_n_train_steps=SAVE_EVERY, save_last=True)
@@ -94,12 +95,12 @@ def main() -> None:
     trainer = L.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
-        strategy=ModelParallelStrategy() if args.sharded else "ddp" if args.ranks > 1 else "auto",
+        strategy=ModelParallelStrategy(2, 1) if args.sharded else "ddp" if args.ranks > 1 else "auto",
         devices=args.ranks,
         use_distributed_sampler=False,
         val_check_interval=2,
         callbacks=[ExactResume(), *warmup, WinRate(), watch, checkpoint],
-        gradient_clip_val=1.0,
+        gradient_clip_val=None if args.sgd else 1.0,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

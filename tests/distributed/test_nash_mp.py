@@ -35,7 +35,7 @@ def start(folder: Path, ranks: int, *options: object) -> list[int]:
                 subprocess.Popen(arguments, cwd=ROOT, env=rank_environment, stdout=output, stderr=subprocess.STDOUT)
             )
     try:
-        return [job.wait(timeout=240) for job in jobs]
+        return [job.wait(timeout=280) for job in jobs]
     finally:
         for job in jobs:
             job.kill()
@@ -76,10 +76,10 @@ def check_ranks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> No
 
 
 def test_sharded_weights_take_the_same_steps_as_ddp(tmp_path: Path) -> None:
-    """FSDP2 on two gloo ranks, against DDP: other order of sums, same draws."""
+    """FSDP2 on two gloo ranks, against DDP: other order of sums, same draws. SGD, since Adam makes noise into steps."""
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
-    assert start(ddp, 2, "--full", "--no-warmup") == [0, 0], (ddp / "output0.txt").read_text()
-    assert start(fsdp, 2, "--full", "--no-warmup", "--sharded") == [0, 0], (fsdp / "output0.txt").read_text()
+    assert start(ddp, 2, "--full", "--no-warmup", "--sgd") == [0, 0], (ddp / "output0.txt").read_text()
+    assert start(fsdp, 2, "--full", "--no-warmup", "--sgd", "--sharded") == [0, 0], (fsdp / "output0.txt").read_text()
     for rank in range(2):
         for one, other in zip(steps(ddp, rank), steps(fsdp, rank), strict=True):
             assert one["draws"] == other["draws"]
