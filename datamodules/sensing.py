@@ -16,10 +16,10 @@ class SensingDataModule(TensorDataModule):
 
     ``M = U diag(s) V^T`` has random orthonormal ``U`` and ``V`` (``V = U`` when symmetric) and singular values ``s``
     that fall geometrically from 1 to ``1 / condition_number``. Training batches are
-    :class:`~lit_methods.batches.SensingBatch` (Gaussian ``A_i`` with N(0, 1) entries; symmetrised for symmetric ``M``)
-    or :class:`~lit_methods.batches.EntriesBatch` (``entries``, drawn without replacement). With all
-    ``rows * columns`` entries the problem is matrix factorisation. Validation, test and prediction batches are one
-    :class:`~lit_methods.batches.MatrixBatch` with ``M``, on every rank.
+    :class:`~lit_methods.batches.SensingBatch` (``gaussian``: ``A_i`` with independent N(0, 1) entries, on symmetric
+    matrices the same as their symmetric parts) or :class:`~lit_methods.batches.EntriesBatch` (``entries``, drawn
+    without replacement). With all ``rows * columns`` entries the problem is matrix factorisation. Validation, test and
+    prediction batches are one :class:`~lit_methods.batches.MatrixBatch` with ``M``, on every rank.
 
     By default a batch is all measurements of the rank, ``steps_per_epoch`` times an epoch: full-batch gradient descent.
 
@@ -101,8 +101,6 @@ class SensingDataModule(TensorDataModule):
         data: SensingBatch | EntriesBatch
         if self.measurements == "gaussian":
             a = normal(self.num_measurements, self.rows, self.columns)
-            if self.symmetric:
-                a = (a + a.mT) / 2
             data = SensingBatch(a.to(self.dtype), a.flatten(1) @ matrix.flatten())
         else:
             entries = torch.randperm(self.rows * self.columns, generator=generator)[: self.num_measurements]

@@ -21,8 +21,6 @@ from lit_methods.optim.gradient_window import full_precision_products
 
 __all__ = ["FisherInverse", "collect_gradients"]
 
-_CHUNK_NUMBERS = 2**24  # 128 MB of float64
-
 
 class FisherInverse:
     """F⁻¹ for F = λI + GᵀG/m, or for the diagonal blocks of that. Build it with :meth:`from_gradients`.
@@ -59,7 +57,7 @@ class FisherInverse:
                 kept (not copied) and must not change.
             damping: λ > 0.
             block_size: coordinates per diagonal block, >= 1; the last block may be smaller. None: the full matrix.
-            chunk_size: columns worked on at a time, >= 1; None: as many as make 128 MB.
+            chunk_size: columns worked on at a time, >= 1; None: as many as make 8 MB on the CPU, 128 MB elsewhere.
             device: where to compute and where results live; None: with ``grads``.
 
         Raises:
@@ -76,8 +74,9 @@ class FisherInverse:
             raise ValueError(f"chunk_size must be >= 1 or None, got {chunk_size}")
         rows, columns = grads.shape
         block = min(block_size or columns, columns)
-        chunk = chunk_size or max(1, _CHUNK_NUMBERS // rows)
-        self = cls(grads.detach(), damping, block, chunk, torch.device(device or grads.device))
+        device = torch.device(device or grads.device)
+        chunk = chunk_size or max(1, (2**20 if device.type == "cpu" else 2**24) // rows)
+        self = cls(grads.detach(), damping, block, chunk, device)
         if block <= rows:
             chunks = self._chunks(range(columns), self._dtype, max(1, chunk // block) * block)
             self._inverses = torch.cat([self._invert_blocks(part) for _, part in chunks])
@@ -155,7 +154,8 @@ class FisherInverse:
     def _invert_blocks(self, part: Tensor) -> Tensor:
         """(blocks, b, b) inverses for the columns ``part`` (m, blocks * b), which may lack some at the end."""
         missing = -part.shape[1] % self.block_size
-        grads = nn.functional.pad(part, (0, missing)).view(len(part), -1, self.block_size).transpose(0, 1)
+        part = nn.functional.pad(part, (0, missing)) if missing else part
+        grads = part.reshape(len(part), -1, self.block_size).transpose(0, 1)
         with full_precision_products():
             fisher = torch.bmm(grads.transpose(1, 2), grads).double() / len(part)
         fisher.diagonal(dim1=1, dim2=2).add_(self.damping)

@@ -18,7 +18,7 @@ from lit_methods.sensing import AsymmetricSensing, SymmetricSensing, rebalance_f
 from tests.benchmarks import harness
 
 TARGET = 1e-10  # squared Frobenius error
-CAP = 6000
+CAP = 3000
 LR = 0.1
 Step = Callable[[Tensor, Tensor, Tensor, int], None]
 
@@ -90,7 +90,7 @@ def to_accuracy() -> None:
         "F G^T, gradient descent": gradient_descent,
         "X X^T, gradient descent": symmetric,
         "F G^T, balancing penalty": balanced,
-        **{f"ScaledGD, damping {d:g}": scaled(d) for d in (1e-1, 1e-2, 1e-3)},
+        **{f"ScaledGD, damping {d:g}": scaled(d) for d in (1e-1, 1e-2)},
     }
     rows = []
     for name, step in ways.items():

@@ -467,19 +467,22 @@ def test_beats_magnitude_pruning_on_digits_without_fine_tuning():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block_size", [None, 128])
-def test_claim_on_digits_over_three_seeds(block_size):
-    """16 recomputations: magnitude + 0.25 at 80 %, and 0.90 at 90 %, without fine-tuning."""
-    found: dict[float, list[tuple[float, float]]] = {0.5: [], 0.8: [], 0.9: []}
-    for seed in range(3):
+def test_claim_on_digits_over_ten_seeds():
+    """Without fine-tuning, mean and deviation of the test accuracy over ten splits and initialisations (dense 0.975).
+
+    Measured: at 80 % ours 0.970 (0.009), magnitude 0.710 (0.089); at 90 % ours 0.952 (0.009), magnitude 0.345 (0.085).
+    """
+    found: dict[float, list[tuple[float, float]]] = {0.8: [], 0.9: []}
+    for seed in range(10):
         net, train, test = dense_digits(seed)
         for sparsity, pairs in found.items():
             pruned = copy.deepcopy(net)
             loader = DataLoader(train, batch_size=16, shuffle=True)
-            MFACPruning(sparsity, num_grads=256, block_size=block_size).prune(pruned, mean_loss, loader, sparsity)
+            MFACPruning(sparsity, num_grads=256, block_size=None).prune(pruned, mean_loss, loader, sparsity)
             pairs.append((accuracy(pruned, test), accuracy(magnitude_pruned(net, sparsity), test)))
-    ours, magnitude = ({s: torch.tensor(pairs)[:, i].mean() for s, pairs in found.items()} for i in (0, 1))
-    assert ours[0.8] >= magnitude[0.8] + 0.25, found
+    ours, magnitude = ({s: float(torch.tensor(pairs)[:, i].mean()) for s, pairs in found.items()} for i in (0, 1))
+    assert ours[0.8] >= 0.95, found
+    assert ours[0.8] >= magnitude[0.8] + 0.2, found
     assert ours[0.9] >= 0.9, found
 
 
