@@ -58,10 +58,9 @@ class MFAC(Optimizer):
     positive definite. In float64 this never matters.
 
     Parameters whose gradient is ``None`` contribute zeros and stay where they are, without decay; when no parameter has
-    a gradient, the step does nothing. A group
-    added later extends the window by zero columns. Loading a checkpoint restores ``num_grads``, ``damping``,
-    ``window_scale``, ``solver`` and the excluded weights with the other hyperparameters; the ``history_*`` and
-    ``*_history`` arguments are those of the constructor.
+    a gradient, the step does nothing. A group added later extends the window by zero columns. Loading a checkpoint
+    restores ``num_grads``, ``damping``, ``window_scale``, ``solver`` and the excluded weights with the other
+    hyperparameters; the ``history_*`` and ``*_history`` arguments are those of the constructor.
 
     Several processes: under DDP each rank keeps the whole window, or with ``shard_history`` its share of the columns;
     the ranks then exchange m float64 numbers and all-gather d. DTensor parameters (FSDP2, tensor parallelism) are
@@ -79,14 +78,15 @@ class MFAC(Optimizer):
         damping: λ, > 0.
         history_dtype: "float32", "bfloat16" or "float16" (scaled per row by a power of two), or None for the
             parameters' own dtype. The Fisher is then exactly that of the rounded gradients: bfloat16 costs about 0.2 %
-            in the direction and halves memory.
+            in the direction and halves memory. (It saves no time on a CPU, where rows are cast to be multiplied.)
         history_device: where the window lives and is computed with, for example "cpu" for a window that is larger
             than the accelerator's memory: each step then moves 2 d numbers, and synchronises. None: with the
             parameters. (The host reads its own memory faster than it can feed the window through the bus.)
         window_scale: "full" divides by ``num_grads`` also while the window still holds empty rows (the authors' choice:
             early steps are long); "filled" divides by the number of gradients seen.
         solver: "cholesky" factors the m x m matrix at each step; "rank2" keeps its inverse and exchanges one row and
-            column, O(m^2), with a fresh factorisation after every ``num_grads`` steps. Both agree to 1e-6.
+            column, O(m^2), with a fresh factorisation after every ``num_grads`` steps. Both agree to 1e-6. On a CPU
+            with ResNet-20, "rank2" saves a tenth of the step at m = 512; the smaller the network, the more it saves.
         exclude_zero_weights: freeze the weights that are exactly 0 at the first step and keep no history for them: for
             the training of pruned networks. (Zero-initialised biases are such weights too.)
         shard_history: split the window's columns over the ranks of ``process_group``. Saving then needs
