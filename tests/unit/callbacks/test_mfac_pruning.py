@@ -482,7 +482,7 @@ def test_claim_on_digits_over_ten_seeds():
             pairs.append((accuracy(pruned, test), accuracy(magnitude_pruned(net, sparsity), test)))
     ours, magnitude = ({s: float(torch.tensor(pairs)[:, i].mean()) for s, pairs in found.items()} for i in (0, 1))
     assert ours[0.8] >= 0.95, found
-    assert ours[0.8] >= magnitude[0.8] + 0.2, found
+    assert ours[0.8] >= magnitude[0.8] + 0.25, found
     assert ours[0.9] >= 0.9, found
 
 
