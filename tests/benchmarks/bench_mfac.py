@@ -5,6 +5,7 @@ optional: pytorch-optimizer and curvlinops (see requirements.txt). Training take
 datamodule finds it.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -196,7 +197,7 @@ def training() -> None:
         lrs: dict[str, float] = {}
         for name, contestant in contestants().items():
             trials = {lr: train(Run(network, contestant, lr, 0), steps) for lr in contestant.lrs}
-            lrs[name] = min(trials, key=lambda lr: smooth(trials[lr][0], steps))
+            lrs[name] = min(trials, key=lambda lr: nan_last(smooth(trials[lr][0], steps)))
             curves[name] = [trials[lrs[name]]]
             curves[name] += [train(Run(network, contestant, lrs[name], seed), steps) for seed in seeds[1:]]
         rows = []
@@ -219,11 +220,19 @@ def training() -> None:
 
 
 def train(run: Run, steps: int) -> tuple[list[float], list[float]]:
+    """Losses and CPU seconds after each step; a run whose optimizer breaks down has infinite losses from there on."""
     losses, clock, start = [], [], time.process_time()
     for _ in range(steps):
-        losses.append(run())
+        try:
+            losses.append(run())
+        except torch.linalg.LinAlgError:
+            losses.append(float("inf"))
         clock.append(time.process_time() - start)
     return losses, clock
+
+
+def nan_last(loss: float) -> float:
+    return float("inf") if math.isnan(loss) else loss
 
 
 def smooth(losses: list[float], steps: int) -> float:
