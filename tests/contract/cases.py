@@ -43,7 +43,7 @@ from lit_methods.games import PreferenceGame
 from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
 from lit_methods.nets import MLP
-from lit_methods.optim import MFAC
+from lit_methods.optim import MDPO, MFAC
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
 from lit_methods.supervised import SupervisedModule
 from tests.cifar_files import write_cifar
@@ -115,6 +115,21 @@ def _module(class_path: str, **init_args: Any) -> dict[str, Any]:
 
 
 OPTIMIZERS: dict[str, OptimizerCase] = {
+    "lit_methods.optim.MDPO": OptimizerCase(
+        MDPO,
+        {"lr": 0.01, "inner_steps": 3},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"inner_steps": 0}, "inner_steps must be"),
+            ({"step_size": 0.0}, "step_size must be"),
+            ({"q": 2.5}, "q must be"),
+            ({"anchor": "copy"}, "anchor must be"),
+            ({"anchor_interval": 5}, "anchor_interval=5 needs"),
+            ({"anchor_interval": 0, "anchor": "parameters"}, "anchor_interval must be"),
+            ({"max_grad_norm": 0.0}, "max_grad_norm must be"),
+        ],
+        closure_calls=3,
+    ),
     "lit_methods.optim.MFAC": OptimizerCase(
         MFAC,
         {"lr": 0.05, "num_grads": 8, "damping": 1e-2, "momentum": 0.5, "weight_decay": 1e-3},
