@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lit_methods.datamodules.glue import GLUEDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
     from lit_methods.datamodules.prompts import PromptDataModule
+    from lit_methods.datamodules.replay import ReplayDataModule
+    from lit_methods.datamodules.rollouts import RolloutDataModule
     from lit_methods.datamodules.sensing import SensingDataModule
     from lit_methods.datamodules.tensors import TensorDataModule
     from lit_methods.datamodules.word_game import WordGameDataModule
@@ -22,6 +24,8 @@ __all__ = [
     "GLUEDataModule",
     "MNISTDataModule",
     "PromptDataModule",
+    "ReplayDataModule",
+    "RolloutDataModule",
     "SensingDataModule",
     "TensorDataModule",
     "WordGameDataModule",
@@ -37,6 +41,8 @@ __getattr__, __dir__ = lazy_exports(
         "GLUEDataModule": "glue",
         "MNISTDataModule": "mnist",
         "PromptDataModule": "prompts",
+        "ReplayDataModule": "replay",
+        "RolloutDataModule": "rollouts",
         "SensingDataModule": "sensing",
         "TensorDataModule": "tensors",
         "WordGameDataModule": "word_game",
