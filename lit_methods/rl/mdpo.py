@@ -20,6 +20,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import mse_loss, softplus
+from torch.optim import Optimizer
 
 from lit_methods.batches import EpisodeBatch, RolloutBatch, TransitionBatch
 from lit_methods.hyperparameters import live_arguments
@@ -54,9 +55,14 @@ class _Agent(LightningModule):
         self.log_dict(means, sync_dist=True, batch_size=len(batch.returns))
 
     def _log_training(self, metrics: dict[str, Tensor], returns: Tensor, env_steps: Tensor) -> None:
-        """Log ``metrics``, the mean return of the last training episodes, and the environment steps of all ranks."""
+        """Log ``metrics``, the mean return of the last training episodes, and the environment steps of all ranks.
+
+        Every ``log_every_n_steps`` of the Trainer and in the last batch of an epoch.
+        """
         if len(returns):
             self.recent_returns = torch.cat([self.recent_returns, returns.to(self.recent_returns)])[-_WINDOW:]
+        if self.trainer.global_step % self.trainer.log_every_n_steps and not self.trainer.is_last_batch:  # type: ignore[attr-defined]
+            return  # off-policy, logging at every step would take longer than the step
         steps = env_steps.to(self.device, torch.float32) * self.trainer.world_size
         values = {**metrics, "return": self.recent_returns.nanmean(), "env_steps": steps}
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
@@ -285,7 +291,7 @@ class OnPolicyMDPO(_Agent):
     def _update_policy(self, observations: Tensor, batch: RolloutBatch, advantages: Tensor) -> dict[str, Tensor]:
         wrapper = self._wrapped_optimizers()[0]
         optimizer: Any = wrapper.optimizer
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = _held(optimizer)
         losses: list[Tensor] = []
 
         def closure() -> Tensor:
@@ -302,7 +308,7 @@ class OnPolicyMDPO(_Agent):
 
     def _update_critic(self, observations: Tensor, old_values: Tensor, returns: Tensor) -> Tensor:
         optimizer = self._wrapped_optimizers()[1].optimizer  # bare: its steps are none of the Trainer's
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = _held(optimizer)
         size = min(self.critic_batch_size, len(returns))
         total, number = torch.zeros((), device=self.device), 0
         for _ in range(self.critic_epochs):
@@ -410,6 +416,7 @@ class OffPolicyMDPO(_Agent):
         self.exploration = exploration
         self.optimizer = optimizer
         self.critic_optimizer = critic_optimizer
+        self._anchor: dict[str, Tensor] = {}
 
     def forward(self, observations: Tensor) -> Tensor:
         """Actions at the mean of the actor, in the environment's units."""
@@ -428,16 +435,15 @@ class OffPolicyMDPO(_Agent):
         """One update of actor, critics and target."""
         wrapper, critic_wrapper = self._wrapped_optimizers()
         optimizer: Any = wrapper.optimizer
-        actor_parameters = list(self.actor.parameters())
+        actor_parameters, critic_parameters = _held(optimizer), _held(critic_wrapper.optimizer)
         found: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
-            loss = self._actor_loss(batch.observations, optimizer, found)
+            loss = self._actor_loss(batch.observations, 1 / optimizer.param_groups[0]["step_size"], found)
             self._differentiate(loss, actor_parameters)
             return loss
 
         found["actor_loss"] = wrapper.step(closure)
-        critic_parameters = [*self.critics.parameters(), *self.value.parameters()]
         critic_loss = self._critic_loss(batch, found.pop("values"))
         self._differentiate(critic_loss, critic_parameters)
         critic_wrapper.optimizer.step()
@@ -466,15 +472,20 @@ class OffPolicyMDPO(_Agent):
         shift, scale = self._bounds
         return shift + scale * actions
 
-    def _actor_loss(self, observations: Tensor, optimizer: MDPO, found: dict[str, Tensor]) -> Tensor:
+    def on_train_start(self) -> None:
+        """Look at the anchor, which the optimizer renews in place."""
+        optimizer: Any = self._wrapped_optimizers()[0].optimizer
+        self._anchor = optimizer.anchor_parameters(self.actor)
+
+    def _actor_loss(self, observations: Tensor, inverse_t: float, found: dict[str, Tensor]) -> Tensor:
         """Loss of the actor; leaves in ``found`` the targets of the value network and what is logged."""
         mean, log_std = self.actor(observations)
         pre_tanh = mean + log_std.exp() * torch.randn_like(mean)
         with torch.no_grad():
-            anchor = functional_call(self.actor, optimizer.anchor_parameters(self.actor), (observations,))
+            anchor = functional_call(self.actor, self._anchor, (observations,))
         log_prob = squashed_log_prob(pre_tanh, mean, log_std)
         old_log_prob = squashed_log_prob(pre_tanh, *anchor)
-        q, inverse_t = self.tsallis_q, 1 / optimizer.param_groups[0]["step_size"]
+        q = self.tsallis_q
         log_q, old_log_q = (tsallis_log(x, q).sum(-1) for x in (log_prob, old_log_prob))
         values = self.critics(observations, pre_tanh.tanh())
         chosen = values[0] if self.policy_q == "q1" else values.amin(0)
@@ -536,6 +547,10 @@ def tsallis_log(log_density: Tensor, q: float) -> Tensor:
         return log_density
     bounded = log_density.clamp(math.log(1e-6), 8 * math.log(10) / (q - 1))
     return torch.expm1((q - 1) * bounded) / (q - 1)
+
+
+def _held(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _check_fraction(name: str, value: float) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from lit_methods.datamodules import (
     GLUEDataModule,
     MNISTDataModule,
     PromptDataModule,
+    ReplayDataModule,
+    RolloutDataModule,
     SensingDataModule,
     TensorDataModule,
     WordGameDataModule,
@@ -44,6 +47,8 @@ from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, Super
 from lit_methods.llm.word_game import word_game_preference
 from lit_methods.nets import MLP
 from lit_methods.optim import MDPO, MFAC
+from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
+from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
 from lit_methods.supervised import SupervisedModule
 from tests.cifar_files import write_cifar
@@ -179,7 +184,87 @@ _TINY_BERT = {
     "intermediate_size": 32,
 }
 
+_PENDULUM = {"observation_size": 3, "hidden_features": [8]}
+_NETWORKS = "lit_methods.rl.networks."
+
+
+def _on_policy(**arguments: Any) -> OnPolicyMDPO:
+    return OnPolicyMDPO(GaussianPolicy(3, 1, [8]), ValueNetwork(3, [8]), 3, **arguments)
+
+
+def _off_policy(**arguments: Any) -> OffPolicyMDPO:
+    return OffPolicyMDPO(TanhGaussianActor(3, 1, [8]), TwinCritic(3, 1, [8]), ValueNetwork(3, [8]), **arguments)
+
+
 MODULES: dict[str, ModuleCase] = {
+    "lit_methods.rl.OnPolicyMDPO": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.rl.OnPolicyMDPO",
+                policy=_module(_NETWORKS + "GaussianPolicy", action_size=1, **_PENDULUM),
+                critic=_module(_NETWORKS + "ValueNetwork", **_PENDULUM),
+                observation_shape=3,
+                critic_batch_size=8,
+                optimizer=_module("lit_methods.optim.MDPO", lr=1e-3, inner_steps=3),
+                lr_scheduler=_module("torch.optim.lr_scheduler.StepLR", step_size=2),
+            ),
+            "data": _module(
+                "lit_methods.datamodules.RolloutDataModule",
+                env="Pendulum-v1",
+                num_envs=2,
+                rollout_steps=130,
+                iterations_per_epoch=4,
+                num_eval_episodes=1,
+            ),
+        },
+        make=_on_policy,
+        forward_inputs=lambda: (torch.ones(2, 3),),
+        bad=[
+            (lambda: _on_policy(gamma=1.5), "gamma must be"),
+            (lambda: _on_policy(gae_lambda=-0.1), "gae_lambda must be"),
+            (lambda: _on_policy(critic_epochs=0), "critic_epochs must be"),
+            (lambda: _on_policy(critic_batch_size=0), "critic_batch_size must be"),
+            (lambda: _on_policy(total_iterations=0), "total_iterations must be"),
+            (lambda: _on_policy(value_clip=0.0), "value_clip must be"),
+            (lambda: _on_policy(step_size_schedule="cosine"), "step_size_schedule must be"),
+        ],
+    ),
+    "lit_methods.rl.OffPolicyMDPO": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.rl.OffPolicyMDPO",
+                actor=_module(_NETWORKS + "TanhGaussianActor", action_size=1, low=-2.0, high=2.0, **_PENDULUM),
+                critics=_module(_NETWORKS + "TwinCritic", action_size=1, **_PENDULUM),
+                value=_module(_NETWORKS + "ValueNetwork", **_PENDULUM),
+                optimizer=_module(
+                    "lit_methods.optim.MDPO", lr=1e-3, inner_steps=1, anchor="parameters", anchor_interval=2
+                ),
+            ),
+            "data": _module(
+                "lit_methods.datamodules.ReplayDataModule",
+                env="Pendulum-v1",
+                batch_size=8,
+                capacity=30,
+                learning_starts=25,
+                updates_per_epoch=4,
+                steps_per_update=2,
+                save_buffer=True,
+                num_eval_episodes=1,
+            ),
+        },
+        make=_off_policy,
+        forward_inputs=lambda: (torch.ones(2, 3),),
+        bad=[
+            (lambda: _off_policy(gamma=1.5), "gamma must be"),
+            (lambda: _off_policy(tau=0.0), "tau must be"),
+            (lambda: _off_policy(tsallis_q=2.5), "tsallis_q must be"),
+            (lambda: _off_policy(entropy_coef=-1.0), "entropy_coef must be"),
+            (lambda: _off_policy(action_reg=-1.0), "action_reg must be"),
+            (lambda: _off_policy(policy_q="q3"), "policy_q must be"),
+            (lambda: _off_policy(exploration="none"), "exploration must be"),
+            (lambda: TanhGaussianActor(3, 1, low=1.0, high=1.0), "low and high must be"),
+        ],
+    ),
     "lit_methods.llm.NashMP": ModuleCase(
         config={
             "model": _module(
@@ -460,7 +545,64 @@ def _word_game(folder: Path, **arguments: Any) -> LightningDataModule:
     return WordGameDataModule(**({"num_rows": 40, "batch_size": 4, "val_size": 6} | arguments))
 
 
+class _PushRight:
+    """A policy that needs no training."""
+
+    device = torch.device("cpu")
+
+    def act(self, observations: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+        return torch.ones(len(observations), 1), torch.zeros(len(observations))
+
+
+def _with_agent(datamodule: Callable[..., LightningDataModule], **small: Any) -> Callable[..., LightningDataModule]:
+    def make(folder: Path, **arguments: Any) -> LightningDataModule:
+        data = datamodule(**({"env": "Pendulum-v1", "num_eval_episodes": 2} | small | arguments))
+        data.trainer = SimpleNamespace(lightning_module=_PushRight(), global_rank=0, world_size=1)
+        return data
+
+    return make
+
+
+_STREAM = {
+    "check_epochs_differ": "A stream of experience has no order; the resume check sees that it goes on.",
+    "check_setup_only_reads_and_may_run_twice": "The same: a second look at the stream sees what comes next.",
+}
+
 DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.RolloutDataModule": DataModuleCase(
+        _with_agent(RolloutDataModule, num_envs=2, rollout_steps=60, iterations_per_epoch=5),
+        bad=[
+            ({"num_envs": 0}, "num_envs=0: must be"),
+            ({"rollout_steps": 0}, "rollout_steps=0: must be"),
+            ({"iterations_per_epoch": 0}, "iterations_per_epoch=0: must be"),
+            ({"num_eval_episodes": 0}, "num_eval_episodes=0: must be"),
+            ({"vectorization": "threads"}, "vectorization='threads': must be"),
+            ({"seed": -1}, "seed=-1: must be"),
+        ],
+        not_applicable=_STREAM,
+    ),
+    "lit_methods.datamodules.ReplayDataModule": DataModuleCase(
+        _with_agent(
+            ReplayDataModule,
+            batch_size=4,
+            capacity=40,
+            learning_starts=30,
+            updates_per_epoch=5,
+            steps_per_update=50,
+            save_buffer=True,
+        ),
+        bad=[
+            ({"num_envs": 0}, "num_envs=0: must be"),
+            ({"capacity": 0}, "capacity=0: must be"),
+            ({"batch_size": 0}, "batch_size=0: must be"),
+            ({"learning_starts": 0}, "learning_starts=0: must be"),
+            ({"steps_per_update": 0}, "steps_per_update=0: must be"),
+            ({"updates_per_step": 0}, "updates_per_step=0: must be"),
+            ({"updates_per_epoch": 0}, "updates_per_epoch=0: must be"),
+            ({"seed": -1}, "seed=-1: must be"),
+        ],
+        not_applicable=_STREAM,
+    ),
     "lit_methods.datamodules.PromptDataModule": DataModuleCase(_prompts, bad=_LOADER_ARGUMENTS),
     "lit_methods.datamodules.WordGameDataModule": DataModuleCase(_word_game, bad=_LOADER_ARGUMENTS),
     "lit_methods.datamodules.CIFAR10DataModule": DataModuleCase(
