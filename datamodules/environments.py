@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import gymnasium as gym
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -16,6 +14,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import EpisodeBatch
 from lit_methods.datamodules.tensors import check_int
+
+try:
+    import gymnasium as gym
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('environments need gymnasium: pip install "lit-methods[rl]"') from error
 
 EnvFactory = str | Callable[..., gym.Env]
 """A gymnasium id, or a function that builds an environment from keyword arguments."""

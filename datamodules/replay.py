@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import TransitionBatch
-from lit_methods.datamodules.environments import Collector, EnvFactory, EnvironmentDataModule
+from lit_methods.datamodules.environments import Collector, EnvFactory, EnvironmentDataModule, gym
 from lit_methods.datamodules.tensors import check_int
 
 

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import RolloutBatch
-from lit_methods.datamodules.environments import Collector, EnvFactory, EnvironmentDataModule
+from lit_methods.datamodules.environments import Collector, EnvFactory, EnvironmentDataModule, gym
 from lit_methods.datamodules.tensors import check_int
 
 

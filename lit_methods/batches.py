@@ -153,6 +153,26 @@ class TransitionBatch(NamedTuple):
     env_steps: Tensor
 
 
+class SequenceBatch(NamedTuple):
+    """Whole recorded episodes, padded with zeros to the longest of the batch, ``T`` steps.
+
+    Attributes:
+        observations: float32 ``(batch, T, *observation)``.
+        actions: ``(batch, T, ...)``.
+        rewards: ``(batch, T)``.
+        returns_to_go: sum of the rewards from here to the episode's end, ``(batch, T)``.
+        terminations: 1 where no value follows, ``(batch, T)`` in {0, 1}.
+        mask: which steps there are, bool ``(batch, T)``.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    returns_to_go: Tensor
+    terminations: Tensor
+    mask: Tensor
+
+
 class EpisodeBatch(NamedTuple):
     """Episodes that a policy played for its evaluation.
 
