@@ -106,7 +106,8 @@ class D4RLDataModule(EnvironmentDataModule):
                 raise ValueError(f"Invalid {name}={value!r}: must be one of {', '.join(allowed)}.")
         if isinstance(reward_scale, str) and reward_scale != "return_range":
             raise ValueError(f"Invalid reward_scale={reward_scale!r}: must be a number or 'return_range'.")
-        self.dataset = str(dataset)
+        path = Path(dataset)
+        self.dataset = str(path.parent if path.name == "main_data.hdf5" else dataset)  # Minari's own file
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.steps_per_epoch = check_int("steps_per_epoch", steps_per_epoch, 1)
         self.max_episode_steps = check_int("max_episode_steps", max_episode_steps, 1)

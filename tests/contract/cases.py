@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor
@@ -22,6 +23,8 @@ from lit_methods.callbacks import (
     FactorRebalancing,
     LearningCurves,
     MFACPruning,
+    PolicyEvaluation,
+    PolicyFrames,
     PruningCurve,
     ResultTable,
     SampleTable,
@@ -31,6 +34,7 @@ from lit_methods.callbacks import (
 from lit_methods.datamodules import (
     CIFAR10DataModule,
     CIFAR100DataModule,
+    D4RLDataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
     GLUEDataModule,
@@ -41,6 +45,7 @@ from lit_methods.datamodules import (
     SensingDataModule,
     TensorDataModule,
     WordGameDataModule,
+    save_transitions_hdf5,
 )
 from lit_methods.games import PreferenceGame
 from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, SupervisedFineTuning
@@ -479,6 +484,26 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: MFACPruning(0.5, seed=-1), "seed must be"),
         ],
     ),
+    "lit_methods.callbacks.PolicyEvaluation": CallbackCase(
+        PolicyEvaluation,
+        bad=[
+            (lambda: PolicyEvaluation(confidence=1.0), "confidence must be"),
+            (lambda: PolicyEvaluation(num_resamples=0), "num_resamples must be"),
+        ],
+        not_applicable={
+            "check_state_survives_a_checkpoint": (
+                "An unrelated module has no episodes to keep; tests/unit/callbacks/test_policy_callbacks.py does it."
+            )
+        },
+    ),
+    "lit_methods.callbacks.PolicyFrames": CallbackCase(
+        lambda: PolicyFrames("Pendulum-v1"),
+        bad=[(lambda: PolicyFrames("Pendulum-v1", num_frames=0), "num_frames must be")],
+        not_applicable={
+            "check_attaches_to_an_unrelated_module": "It acts on modules with an act method, as its docstring says.",
+            "check_state_survives_a_checkpoint": "It keeps nothing between steps: it works after training has ended.",
+        },
+    ),
     "lit_methods.callbacks.PruningCurve": CallbackCase(
         lambda: PruningCurve("test_loss", [0.5], [1], num_grads=4, batch_size=6),
         bad=[(lambda: PruningCurve("test_loss", [], [1]), "sparsities and recomputations must not be empty")],
@@ -568,7 +593,44 @@ _STREAM = {
     "check_setup_only_reads_and_may_run_twice": "The same: a second look at the stream sees what comes next.",
 }
 
+
+def _d4rl(folder: Path, **arguments: Any) -> LightningDataModule:
+    path = folder / "recording.hdf5"
+    if not path.exists():
+        g = np.random.default_rng(0)
+        ends = np.arange(60) % 20 == 19
+        save_transitions_hdf5(
+            path,
+            {
+                "observations": g.normal(size=(60, 3)),
+                "actions": g.uniform(-1, 1, (60, 1)),
+                "rewards": g.normal(size=60),
+                "terminals": np.zeros(60, bool),
+                "timeouts": ends,
+            },
+        )
+    small = {"dataset": path, "batch_size": 4, "steps_per_epoch": 5, "eval_env": "Pendulum-v1", "num_eval_episodes": 1}
+    data = D4RLDataModule(**(small | arguments))
+    data.trainer = SimpleNamespace(lightning_module=_PushRight(), global_rank=0, world_size=1)
+    return data
+
+
 DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.D4RLDataModule": DataModuleCase(
+        _d4rl,
+        bad=[
+            ({"dataset": "hopper"}, "dataset='hopper': must be"),
+            ({"batch_size": 0}, "batch_size=0: must be"),
+            ({"steps_per_epoch": 0}, "steps_per_epoch=0: must be"),
+            ({"max_episode_steps": 0}, "max_episode_steps=0: must be"),
+            ({"format": "csv"}, "format='csv': must be"),
+            ({"kind": "frames"}, "kind='frames': must be"),
+            ({"next_observations": "none"}, "next_observations='none': must be"),
+            ({"reward_scale": "large"}, "reward_scale='large': must be"),
+            ({"seed": -1}, "seed=-1: must be"),
+        ],
+        not_applicable={"check_epochs_differ": _STREAM["check_epochs_differ"]},
+    ),
     "lit_methods.datamodules.RolloutDataModule": DataModuleCase(
         _with_agent(RolloutDataModule, num_envs=2, rollout_steps=60, iterations_per_epoch=5),
         bad=[
