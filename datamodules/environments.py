@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -87,10 +88,17 @@ class Collector:
         num_envs: N.
         vectorization: "sync" (one process; faster for all light simulators) or "async" (a process each).
         seed: of all episodes, this rank's own.
+        record: keep every step for :meth:`recording`.
     """
 
     def __init__(
-        self, factory: EnvFactory, env_kwargs: dict[str, Any], num_envs: int, vectorization: str, seed: int
+        self,
+        factory: EnvFactory,
+        env_kwargs: dict[str, Any],
+        num_envs: int,
+        vectorization: str,
+        seed: int,
+        record: bool = False,
     ) -> None:
         makers = [partial(_seeded, factory, env_kwargs, seed, i) for i in range(num_envs)]
         kind = SyncVectorEnv if vectorization == "sync" else AsyncVectorEnv
@@ -101,6 +109,8 @@ class Collector:
         self.steps = 0
         self.running = np.zeros(num_envs)
         self.finished: list[float] = []
+        self.record = record
+        self._recorded: list[tuple[NDArray[Any], ...]] = []
         self.observations = _float32(self.envs.reset()[0])
 
     def step(self, actions: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -112,6 +122,7 @@ class Collector:
         """
         if self.bounds is not None:
             actions = np.clip(actions, *self.bounds)
+        before = self.observations
         observations, rewards, terminated, truncated, info = self.envs.step(actions)
         following = self.observations = _float32(observations)
         self.steps += len(rewards)
@@ -123,12 +134,22 @@ class Collector:
                 following[i] = info["final_obs"][i]
             self.finished += self.running[ended].tolist()
             self.running[ended] = 0
+        if self.record:
+            self._recorded.append((before, actions, rewards, terminated, truncated, following))
         return following, rewards, terminated, truncated
 
     def episode_returns(self) -> Tensor:
         """Returns of the episodes that ended since the last call."""
         finished, self.finished = self.finished, []
         return torch.tensor(finished, dtype=torch.float32)
+
+    def recording(self) -> dict[str, NDArray[Any]]:
+        """The recorded steps in D4RL's layout, environment by environment; the last step of each is a cut."""
+        names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+        columns = (np.stack(column, 1) for column in zip(*self._recorded, strict=True))  # (N, T, ...)
+        arrays = dict(zip(names, columns, strict=True))
+        arrays["timeouts"][:, -1] |= ~arrays["terminals"][:, -1]
+        return {name: values.reshape(-1, *values.shape[2:]) for name, values in arrays.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Where every environment stands."""
@@ -162,10 +183,20 @@ class EnvironmentDataModule(pl.LightningDataModule):
         env_kwargs: its keyword arguments.
         num_eval_episodes: episodes per evaluation, >= 1.
         seed: of training and evaluation episodes, >= 0.
+        record_to: HDF5 file to write the training steps to when training ends.
     """
 
-    def __init__(self, env: EnvFactory, env_kwargs: dict[str, Any] | None, num_eval_episodes: int, seed: int) -> None:
+    def __init__(
+        self,
+        env: EnvFactory,
+        env_kwargs: dict[str, Any] | None,
+        num_eval_episodes: int,
+        seed: int,
+        record_to: str | Path | None = None,
+    ) -> None:
         super().__init__()
+        self.record_to = record_to
+        self._collector: Collector | None = None
         self.env = env
         self.env_kwargs = env_kwargs or {}
         self.num_eval_episodes = check_int("num_eval_episodes", num_eval_episodes, 1)
@@ -185,6 +216,25 @@ class EnvironmentDataModule(pl.LightningDataModule):
         observations = np.stack([env.reset(seed=seed)[0] for seed in self._eval_seeds(10**6)])
         env.close()
         return StatefulDataLoader([torch.from_numpy(_float32(observations))], batch_size=None)
+
+    def teardown(self, stage: str) -> None:
+        """Write what was recorded, and close the training environments."""
+        if self._collector is None or stage != "fit":
+            return
+        if self._collector.record and self._collector.steps:
+            from lit_methods.datamodules.recordings import save_transitions_hdf5
+
+            path = Path(str(self.record_to))
+            rank, world_size = self._ranks()
+            path = path if world_size == 1 else path.with_stem(f"{path.stem}-rank{rank}")
+            save_transitions_hdf5(path, self._collector.recording(), {"environment": str(self.env)})
+        self._collector.close()
+        self._collector = None
+
+    def _collect(self, num_envs: int, vectorization: str) -> Collector:
+        seed = self.seed + 10_000 * self._ranks()[0]
+        record = self.record_to is not None
+        return Collector(self.env, self.env_kwargs, num_envs, vectorization, seed, record)
 
     def _eval_seeds(self, offset: int) -> list[int]:
         rank, world_size = self._ranks()

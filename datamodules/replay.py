@@ -1,6 +1,7 @@
 """Off-policy data: a replay buffer that grows while the policy trains on it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class ReplayDataModule(EnvironmentDataModule):
         save_buffer: put the buffer into checkpoints.
         num_eval_episodes: episodes per evaluation, >= 1.
         env_kwargs: keyword arguments of the environment.
+        record_to: HDF5 file in D4RL's layout to write all training steps to when training ends (each rank its own;
+            after a resume, those since).
         seed: of all episodes, the random steps and the draws, >= 0.
 
     Raises:
@@ -56,9 +59,10 @@ class ReplayDataModule(EnvironmentDataModule):
         save_buffer: bool = False,
         num_eval_episodes: int = 10,
         env_kwargs: dict[str, Any] | None = None,
+        record_to: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(env, env_kwargs, num_eval_episodes, seed)
+        super().__init__(env, env_kwargs, num_eval_episodes, seed, record_to)
         self.num_envs = check_int("num_envs", num_envs, 1)
         self.capacity = check_int("capacity", capacity, 1)
         self.batch_size = check_int("batch_size", batch_size, 1)
@@ -67,13 +71,11 @@ class ReplayDataModule(EnvironmentDataModule):
         self.updates_per_step = check_int("updates_per_step", updates_per_step, 1)
         self.updates_per_epoch = check_int("updates_per_epoch", updates_per_epoch, 1)
         self.save_buffer = save_buffer
-        self._collector: Collector | None = None
 
     def setup(self, stage: str) -> None:
         """Build the training environments."""
         if stage == "fit" and self._collector is None:
-            seed = self.seed + 10_000 * self._ranks()[0]
-            self._collector = Collector(self.env, self.env_kwargs, self.num_envs, "sync", seed)
+            self._collector = self._collect(self.num_envs, "sync")
             if not isinstance(self._collector.envs.single_action_space, gym.spaces.Box):
                 raise ValueError(
                     f"action space {self._collector.envs.single_action_space} is not a Box: "
@@ -84,12 +86,6 @@ class ReplayDataModule(EnvironmentDataModule):
         """Mini-batches, after the steps that are due."""
         assert self._collector is not None
         return StatefulDataLoader(_Replay(self, self._collector), batch_size=None)
-
-    def teardown(self, stage: str) -> None:
-        """Close the training environments."""
-        if self._collector is not None and stage == "fit":
-            self._collector.close()
-            self._collector = None
 
 
 class PackedTransitions:

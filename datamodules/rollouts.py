@@ -1,6 +1,7 @@
 """On-policy data: rollouts of the policy that is being trained."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,8 @@ class RolloutDataModule(EnvironmentDataModule):
         vectorization: "sync", or "async" for a process per environment, which pays for heavy simulators on many cores.
         num_eval_episodes: episodes per evaluation, >= 1.
         env_kwargs: keyword arguments of the environment.
+        record_to: HDF5 file in D4RL's layout to write all training steps to when training ends (each rank its own;
+            after a resume, those since).
         seed: of all episodes, >= 0.
 
     Raises:
@@ -47,33 +50,26 @@ class RolloutDataModule(EnvironmentDataModule):
         vectorization: Literal["sync", "async"] = "sync",
         num_eval_episodes: int = 10,
         env_kwargs: dict[str, Any] | None = None,
+        record_to: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(env, env_kwargs, num_eval_episodes, seed)
+        super().__init__(env, env_kwargs, num_eval_episodes, seed, record_to)
         self.num_envs = check_int("num_envs", num_envs, 1)
         self.rollout_steps = check_int("rollout_steps", rollout_steps, 1)
         self.iterations_per_epoch = check_int("iterations_per_epoch", iterations_per_epoch, 1)
         if vectorization not in ("sync", "async"):
             raise ValueError(f"Invalid vectorization={vectorization!r}: must be 'sync' or 'async'.")
         self.vectorization = vectorization
-        self._collector: Collector | None = None
 
     def setup(self, stage: str) -> None:
         """Build the training environments."""
         if stage == "fit" and self._collector is None:
-            seed = self.seed + 10_000 * self._ranks()[0]
-            self._collector = Collector(self.env, self.env_kwargs, self.num_envs, self.vectorization, seed)
+            self._collector = self._collect(self.num_envs, self.vectorization)
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Rollouts, one at a time."""
         assert self._collector is not None
         return StatefulDataLoader(_Rollouts(self, self._collector), batch_size=None)
-
-    def teardown(self, stage: str) -> None:
-        """Close the training environments."""
-        if self._collector is not None and stage == "fit":
-            self._collector.close()
-            self._collector = None
 
 
 class _Rollouts(IterableDataset[RolloutBatch]):

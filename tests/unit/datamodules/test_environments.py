@@ -8,7 +8,7 @@ from gymnasium.wrappers import TimeLimit
 from torch import Tensor
 
 from lit_methods.batches import TransitionBatch
-from lit_methods.datamodules import ReplayDataModule, RolloutDataModule
+from lit_methods.datamodules import D4RLDataModule, ReplayDataModule, RolloutDataModule
 from lit_methods.datamodules.environments import Collector, SeededEpisodes, evaluate
 from lit_methods.datamodules.replay import PackedTransitions
 
@@ -212,3 +212,20 @@ def test_modules_that_cannot_act_are_refused():
     data = with_agent(RolloutDataModule(Counter), agent=torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="Linear has no act"):
         next(iter(data.train_dataloader()))
+
+
+def test_training_steps_can_be_recorded(tmp_path):
+    path = tmp_path / "steps.hdf5"
+    data = with_agent(
+        RolloutDataModule(limited_counter, num_envs=2, rollout_steps=5, iterations_per_epoch=2, record_to=path)
+    )
+    batches = list(data.train_dataloader())
+    data.teardown("fit")
+    offline = D4RLDataModule(path, next_observations="stored")
+    offline.setup("fit")
+    rows = offline._transitions.rows
+    expected = torch.cat([torch.cat([b.observations, b.next_observations], 2) for b in batches]).transpose(0, 1)
+    assert torch.equal(torch.cat([rows[:, :2], rows[:, 4:6]], 1), expected.reshape(20, 4))
+    shifted = D4RLDataModule(path)
+    shifted.setup("fit")
+    assert shifted.num_transitions == 12  # of 20 steps each third is cut by the time limit, and the last of each row
