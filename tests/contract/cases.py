@@ -594,21 +594,25 @@ _STREAM = {
 }
 
 
+def _record(path: Path) -> None:
+    g = np.random.default_rng(0)
+    save_transitions_hdf5(
+        path,
+        {
+            "observations": g.normal(size=(60, 3)),
+            "actions": g.uniform(-1, 1, (60, 1)),
+            "rewards": g.normal(size=60),
+            "terminals": np.zeros(60, bool),
+            "timeouts": np.arange(60) % 20 == 19,
+            "next_observations": g.normal(size=(60, 3)),
+        },
+    )
+
+
 def _d4rl(folder: Path, **arguments: Any) -> LightningDataModule:
     path = folder / "recording.hdf5"
     if not path.exists():
-        g = np.random.default_rng(0)
-        ends = np.arange(60) % 20 == 19
-        save_transitions_hdf5(
-            path,
-            {
-                "observations": g.normal(size=(60, 3)),
-                "actions": g.uniform(-1, 1, (60, 1)),
-                "rewards": g.normal(size=60),
-                "terminals": np.zeros(60, bool),
-                "timeouts": ends,
-            },
-        )
+        _record(path)
     small = {"dataset": path, "batch_size": 4, "steps_per_epoch": 5, "eval_env": "Pendulum-v1", "num_eval_episodes": 1}
     data = D4RLDataModule(**(small | arguments))
     data.trainer = SimpleNamespace(lightning_module=_PushRight(), global_rank=0, world_size=1)
@@ -712,7 +716,28 @@ _TINY = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer
 
 _TINY_SENSING = ["--trainer.max_epochs=1", "--trainer.val_check_interval=4", "--data.steps_per_epoch=8"]
 
+_TINY_ROLLOUTS = [
+    "--trainer.max_epochs=1", "--data.iterations_per_epoch=1", "--data.rollout_steps=20", "--data.num_eval_episodes=1"
+]  # fmt: skip
+
+
 RECIPES: dict[str, RecipeCase] = {
+    "mdpo/half_cheetah": RecipeCase(_TINY_ROLLOUTS),
+    "mdpo/hopper": RecipeCase(_TINY_ROLLOUTS),
+    "mdpo/inverted_pendulum": RecipeCase(_TINY_ROLLOUTS),
+    "mdpo/pendulum": RecipeCase(
+        [
+            "--trainer.max_epochs=1",
+            "--data.updates_per_epoch=3",
+            "--data.learning_starts=10",
+            "--data.num_eval_episodes=1",
+            "--data.record_to=steps.hdf5",
+        ]
+    ),
+    "mdpo/pendulum_offline": RecipeCase(
+        ["--trainer.max_epochs=1", "--data.steps_per_epoch=3", "--data.num_eval_episodes=1"],
+        prepare=lambda folder: _record(folder / "pendulum_replay.hdf5"),
+    ),
     "nash_mp/matrix_games": RecipeCase(["--model.num_iterations=3"]),
     "nash_mp/smollm2_vader": RecipeCase(
         [
