@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lit_methods.callbacks.factor_rebalancing import FactorRebalancing
     from lit_methods.callbacks.learning_curves import LearningCurves
     from lit_methods.callbacks.mfac_pruning import MFACPruning
+    from lit_methods.callbacks.policy_evaluation import PolicyEvaluation
+    from lit_methods.callbacks.policy_frames import PolicyFrames
     from lit_methods.callbacks.pruning_curve import PruningCurve
     from lit_methods.callbacks.result_table import ResultTable
     from lit_methods.callbacks.sample_table import SampleTable
@@ -28,6 +30,8 @@ __all__ = [
     "FactorRebalancing",
     "LearningCurves",
     "MFACPruning",
+    "PolicyEvaluation",
+    "PolicyFrames",
     "PruningCurve",
     "ResultTable",
     "SFTWarmup",
@@ -46,6 +50,8 @@ __getattr__, __dir__ = lazy_exports(
         "FactorRebalancing": "factor_rebalancing",
         "LearningCurves": "learning_curves",
         "MFACPruning": "mfac_pruning",
+        "PolicyEvaluation": "policy_evaluation",
+        "PolicyFrames": "policy_frames",
         "PruningCurve": "pruning_curve",
         "ResultTable": "result_table",
         "SFTWarmup": "sft_warmup",

@@ -11,7 +11,7 @@ from lit_methods.callbacks.figures import output_dir, save_figure
 
 
 class LearningCurves(Callback):
-    """Draw chosen logged metrics against optimizer steps, one panel per metric name without its stage.
+    """Draw chosen logged metrics against the Trainer's steps, one panel per metric name without its stage.
 
     ``train/loss`` and ``val/loss`` share the panel ``loss``. A point is taken after every validation run (names that
     start with ``val``) and at the end of every training epoch (all others). The picture is written to
@@ -21,19 +21,21 @@ class LearningCurves(Callback):
     Args:
         metrics: names of logged metrics to draw; ``None`` draws all.
         name: the picture's file name without ending.
+        x: logged metric to draw against instead, such as ``train/env_steps``.
 
     Raises:
         ValueError: ``metrics`` is empty, or ``name`` is not a plain file name.
     """
 
-    def __init__(self, metrics: list[str] | None = None, name: str = "learning_curves") -> None:
+    def __init__(self, metrics: list[str] | None = None, name: str = "learning_curves", x: str | None = None) -> None:
         if metrics is not None and not metrics:
             raise ValueError("metrics must name at least one logged metric, or be None for all, got []")
         if not name or PurePath(name).name != name:
             raise ValueError(f"name must be a plain file name without folders, got {name!r}")
         self.metrics = metrics
         self.name = name
-        self.points: dict[str, list[tuple[int, float]]] = {}
+        self.x = x
+        self.points: dict[str, list[tuple[float, float]]] = {}
 
     @property
     def state_key(self) -> str:
@@ -67,9 +69,16 @@ class LearningCurves(Callback):
             self._draw(trainer)
 
     def _take_points(self, trainer: Trainer, validation: bool) -> None:
+        if self.x is not None and self.x not in trainer.callback_metrics:
+            return
+        x = trainer.global_step if self.x is None else float(trainer.callback_metrics[self.x])
         for metric, value in trainer.callback_metrics.items():
-            if metric.startswith("val") == validation and (self.metrics is None or metric in self.metrics):
-                self.points.setdefault(metric, []).append((trainer.global_step, float(value)))
+            if (
+                metric != self.x
+                and metric.startswith("val") == validation
+                and (self.metrics is None or metric in self.metrics)
+            ):
+                self.points.setdefault(metric, []).append((x, float(value)))
 
     def _draw(self, trainer: Trainer) -> None:
         folder = output_dir(trainer)
@@ -83,7 +92,7 @@ class LearningCurves(Callback):
         for axes, (title, metrics) in zip(row, panels.items(), strict=True):
             for metric in metrics:
                 axes.plot(*torch.tensor(self.points[metric], dtype=torch.float64).T, marker=".", label=metric)
-            axes.set(xlabel="optimizer step", title=title)
+            axes.set(xlabel=self.x or "optimizer step", title=title)
             axes.legend()
             axes.grid(alpha=0.3)
         save_figure(trainer, figure, self.name, folder)

@@ -6,10 +6,14 @@ from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from lit_methods.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
+    from lit_methods.datamodules.d4rl import D4RLDataModule
     from lit_methods.datamodules.digits import DigitsDataModule
     from lit_methods.datamodules.glue import GLUEDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
     from lit_methods.datamodules.prompts import PromptDataModule
+    from lit_methods.datamodules.recordings import save_minari, save_transitions_hdf5
+    from lit_methods.datamodules.replay import ReplayDataModule
+    from lit_methods.datamodules.rollouts import RolloutDataModule
     from lit_methods.datamodules.sensing import SensingDataModule
     from lit_methods.datamodules.tensors import TensorDataModule
     from lit_methods.datamodules.word_game import WordGameDataModule
@@ -17,14 +21,19 @@ if TYPE_CHECKING:
 __all__ = [
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "D4RLDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "GLUEDataModule",
     "MNISTDataModule",
     "PromptDataModule",
+    "ReplayDataModule",
+    "RolloutDataModule",
     "SensingDataModule",
     "TensorDataModule",
     "WordGameDataModule",
+    "save_minari",
+    "save_transitions_hdf5",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -32,13 +41,18 @@ __getattr__, __dir__ = lazy_exports(
     {
         "CIFAR100DataModule": "cifar",
         "CIFAR10DataModule": "cifar",
+        "D4RLDataModule": "d4rl",
         "DigitsDataModule": "digits",
         "FashionMNISTDataModule": "mnist",
         "GLUEDataModule": "glue",
         "MNISTDataModule": "mnist",
         "PromptDataModule": "prompts",
+        "ReplayDataModule": "replay",
+        "RolloutDataModule": "rollouts",
         "SensingDataModule": "sensing",
         "TensorDataModule": "tensors",
         "WordGameDataModule": "word_game",
+        "save_minari": "recordings",
+        "save_transitions_hdf5": "recordings",
     },
 )

@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 _CHUNK = 1 << 20
 
 
-def fetch(urls: Sequence[str], path: Path, md5: str, *, timeout: float = 20.0) -> Path:
+def fetch(urls: Sequence[str], path: Path, md5: str | None, *, timeout: float = 20.0) -> Path:
     """Download one file unless it is there already, and return its path.
 
     Bytes go to ``<path>.part``. A later call carries on where an interrupted one stopped (HTTP ``Range``), the finished
@@ -21,7 +21,8 @@ def fetch(urls: Sequence[str], path: Path, md5: str, *, timeout: float = 20.0) -
     Args:
         urls: mirrors of the file, tried in order.
         path: where the file shall be; its folder is made.
-        md5: the published MD5, as hexadecimal digits (it guards against damage, not against an attacker).
+        md5: the published MD5, as hexadecimal digits (it guards against damage, not against an attacker); None where
+            none is published: then only the length is checked.
         timeout: seconds without a byte after which a mirror counts as unreachable.
 
     Raises:
@@ -36,10 +37,10 @@ def fetch(urls: Sequence[str], path: Path, md5: str, *, timeout: float = 20.0) -
         try:
             resumed = part.exists()
             _append(url, part, timeout)
-            if resumed and _md5(part) != md5:  # the part was of another version of the file: start over
+            if md5 and resumed and _md5(part) != md5:  # the part was of another version of the file: start over
                 part.unlink()
                 _append(url, part, timeout)
-            if (found := _md5(part)) != md5:
+            if md5 and (found := _md5(part)) != md5:
                 part.unlink()
                 raise OSError(f"MD5 is {found}, not {md5}")
         except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors

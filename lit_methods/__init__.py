@@ -12,7 +12,19 @@ try:
 except PackageNotFoundError:  # used from a checkout that is not installed
     __version__ = "0.0.0"
 
-__all__ = ["callbacks", "datamodules", "games", "llm", "metrics", "nets", "optim", "recipes", "sensing", "supervised"]
+__all__ = [
+    "callbacks",
+    "datamodules",
+    "games",
+    "llm",
+    "metrics",
+    "nets",
+    "optim",
+    "recipes",
+    "rl",
+    "sensing",
+    "supervised",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -101,3 +101,85 @@ class TokenBatch(NamedTuple):
     attention_mask: Tensor
     token_type_ids: Tensor
     labels: Tensor
+
+
+class RolloutBatch(NamedTuple):
+    """What ``N`` environments did in ``T`` steps under the policy that is about to be updated.
+
+    Attributes:
+        observations: what the policy saw, float32 ``(T, N, *observation)``.
+        actions: what it chose, before any clipping, float32 ``(T, N, action)`` or int64 ``(T, N)``.
+        log_probs: log-density of these actions under the policy at that time, ``(T, N)``.
+        rewards: raw rewards, ``(T, N)``.
+        next_observations: what followed, ``(T, N, *observation)``; the final observation where an episode ended, not
+            the first one of the next.
+        terminations: 1 where the episode came to its end: no value follows, ``(T, N)`` in {0, 1}.
+        truncations: 1 where it was cut, as by a time limit: the value of ``next_observations`` follows, ``(T, N)``.
+        episode_returns: undiscounted returns of the episodes that ended, ``(episodes,)``.
+        env_steps: environment steps since training began, on this rank, int64 scalar.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    rewards: Tensor
+    next_observations: Tensor
+    terminations: Tensor
+    truncations: Tensor
+    episode_returns: Tensor
+    env_steps: Tensor
+
+
+class TransitionBatch(NamedTuple):
+    """One mini-batch of independent environment steps, from a replay buffer or a data set.
+
+    Attributes:
+        observations: float32 ``(batch, *observation)``.
+        actions: in the environment's units, float32 ``(batch, action)`` or int64 ``(batch,)``.
+        rewards: ``(batch,)``.
+        next_observations: ``(batch, *observation)``.
+        terminations: 1 where no value follows, ``(batch,)`` in {0, 1}. A cut by a time limit is not one.
+        episode_returns: undiscounted returns of the training episodes that ended since the last batch,
+            ``(episodes,)``; empty for a data set.
+        env_steps: environment steps since training began, on this rank, int64 scalar; 0 for a data set.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_observations: Tensor
+    terminations: Tensor
+    episode_returns: Tensor
+    env_steps: Tensor
+
+
+class SequenceBatch(NamedTuple):
+    """Whole recorded episodes, padded with zeros to the longest of the batch, ``T`` steps.
+
+    Attributes:
+        observations: float32 ``(batch, T, *observation)``.
+        actions: ``(batch, T, ...)``.
+        rewards: ``(batch, T)``.
+        returns_to_go: sum of the rewards from here to the episode's end, ``(batch, T)``.
+        terminations: 1 where no value follows, ``(batch, T)`` in {0, 1}.
+        mask: which steps there are, bool ``(batch, T)``.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    returns_to_go: Tensor
+    terminations: Tensor
+    mask: Tensor
+
+
+class EpisodeBatch(NamedTuple):
+    """Episodes that a policy played for its evaluation.
+
+    Attributes:
+        returns: undiscounted returns, ``(episodes,)``.
+        lengths: steps, int64 ``(episodes,)``.
+    """
+
+    returns: Tensor
+    lengths: Tensor
