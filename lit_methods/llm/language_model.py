@@ -24,6 +24,7 @@ try:
         PreTrainedTokenizerBase,
         PreTrainedTokenizerFast,
     )
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('language models need transformers: pip install "lit-methods[llm]"') from error
 
@@ -47,9 +48,11 @@ class EncodedPrompts(NamedTuple):
 class LanguageModel(nn.Module):
     """A causal language model whose forward pass gives log-probabilities of response tokens.
 
-    Only the response positions go through the head, in chunks (:func:`chunked_logprobs`). At construction the result
-    is compared with the model's own logits once; a model that does something unknown to its logits is scored through
-    them instead, with a warning. Dropout is set to zero: sampling and scoring must see the same policy.
+    A prompt is read once, and its key-value cache shared by its responses, also with gradients. Only the response
+    positions go through the head, in chunks (:func:`chunked_logprobs`). At construction the result is compared with the
+    model's own logits once; a model that does something unknown to its logits is scored through them instead, with a
+    warning, and one with another kind of cache reads every prompt again for every response. Dropout is set to zero:
+    sampling and scoring must see the same policy.
 
     Args:
         lm: a ``transformers`` causal language model, or a peft model around one.
@@ -63,7 +66,10 @@ class LanguageModel(nn.Module):
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.synchronised = False  # under FSDP every rank must take the same number of decoding steps
+        # gradient checkpointing, in training mode, switches key-value caches off
+        self.checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
         disable_dropout(lm)
+        self.shares_prompts = False
         self.chunked = self._head_agrees()
 
     @property
@@ -100,16 +106,23 @@ class LanguageModel(nn.Module):
             return False
         if layer.weight.is_meta:
             return True
-        tokens = (
-            torch.arange(4, device=layer.weight.device).unsqueeze(0) % self.base.config.get_text_config().vocab_size
-        )
+        size = self.base.config.get_text_config().vocab_size
+        tokens = torch.arange(4, device=layer.weight.device).unsqueeze(0) % size
+        prompts = EncodedPrompts(tokens[:, :2], torch.ones_like(tokens[:, :2]))
+        responses, prompt_of = tokens[:, 2:].expand(2, 2), torch.zeros(2, dtype=torch.int64, device=tokens.device)
         training = self.lm.training
         self.lm.eval()
-        ours, _ = chunked_logprobs(self._hidden(tokens, None)[0, :-1], self.head(), tokens[0, 1:])
         logits = self.lm(input_ids=tokens, position_ids=position_ids(torch.ones_like(tokens))).logits.float()
-        theirs = torch.log_softmax(logits[0, :-1], dim=-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+        theirs = torch.log_softmax(logits[0, 1:-1], dim=-1).gather(1, responses[0].unsqueeze(1)).squeeze(1)
+        tolerance = 1e-3 if layer.weight.dtype == torch.float32 else 5e-2
+        agrees = False
+        for self.shares_prompts in (self._has_plain_cache(), False):
+            hidden = self._hidden(prompts, responses, prompt_of)[1]
+            ours, _ = chunked_logprobs(hidden, self.head(), responses[1])
+            agrees = agrees or torch.allclose(ours.float(), theirs, atol=tolerance)
+            if agrees:
+                break
         self.lm.train(training)
-        agrees = torch.allclose(ours.float(), theirs, atol=1e-3 if layer.weight.dtype == torch.float32 else 5e-2)
         if not agrees:
             warnings.warn(
                 f"{type(self.base).__name__} transforms its logits in an unknown way: scoring goes through the full "
@@ -118,86 +131,114 @@ class LanguageModel(nn.Module):
             )
         return agrees
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        decoder = self.base.get_decoder()
-        output = decoder(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(mask), use_cache=False
-        )
-        return output.last_hidden_state
+    def _has_plain_cache(self) -> bool:
+        """Whether the model remembers nothing but keys and values, in a cache that gradients pass through."""
+        layers = getattr(DynamicCache(config=self.base.config), "layers", [])
+        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the last ``length`` tokens of every row.
+    def _hidden(self, prompts: EncodedPrompts, responses: Tensor, prompt_of: Tensor) -> Tensor:
+        """Hidden states that predict the response tokens, ``(rows, length, hidden)``."""
+        decoder = self.base.get_decoder()
+        length = responses.shape[1]
+        ids, mask = prompts
+        inputs = responses[:, :-1]  # nothing follows the last token
+        whole_mask = torch.cat([mask[prompt_of], torch.ones_like(inputs)], dim=1)
+        cached = self.shares_prompts and not (self.checkpointing and self.lm.training)
+        if not cached or len(ids) == len(responses):
+            whole = torch.cat([ids[prompt_of], inputs], dim=1)
+            output = decoder(
+                input_ids=whole, attention_mask=whole_mask, position_ids=position_ids(whole_mask), use_cache=False
+            )
+            return output.last_hidden_state[:, -length:]
+        read = decoder(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True)
+        first = read.last_hidden_state[prompt_of, -1:]
+        if length == 1:
+            return first
+        read.past_key_values.batch_select_indices(prompt_of)
+        output = decoder(
+            input_ids=inputs,
+            attention_mask=whole_mask,
+            position_ids=position_ids(whole_mask)[:, ids.shape[1] :],
+            past_key_values=read.past_key_values,
+            use_cache=True,
+        )
+        return torch.cat([first, output.last_hidden_state], dim=1)
+
+    def forward(
+        self, prompts: EncodedPrompts, responses: Tensor, mask: Tensor, prompt_of: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of responses, and the entropies of the distributions they were drawn from.
 
         Args:
-            input_ids: prompts (padded on the left) and responses (padded on the right), ``(rows, prompt + length)``.
-            attention_mask: 1 at real tokens, same shape; ``None`` if no prompt is padded.
-            response_mask: which of the last ``length`` tokens count, ``(rows, length)``, bool.
+            prompts: distinct prompts.
+            responses: tokens padded on the right, ``(rows, length)``.
+            mask: which of them count, same shape, bool.
+            prompt_of: the prompt that each row answers, ``(rows,)``, int64.
 
         Returns:
             log-probabilities and entropies, both ``(rows, length)`` and 0 outside the mask.
         """
-        length = response_mask.shape[1]
-        targets = input_ids[:, -length:]
+        targets = responses[mask]
         if self.chunked:
-            hidden = self._hidden(input_ids, attention_mask)[:, -length - 1 : -1]
             logps, entropies = chunked_logprobs(
-                hidden[response_mask],
+                self._hidden(prompts, responses, prompt_of)[mask],
                 self.head(),
-                targets[response_mask],
+                targets,
                 temperature=self.temperature,
                 chunk_size=self.chunk_size,
             )
         else:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            attention = torch.cat([prompts.attention_mask[prompt_of], torch.ones_like(responses)], dim=1)
             logits = self.lm(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids(mask),
+                input_ids=torch.cat([prompts.input_ids[prompt_of], responses], dim=1),
+                attention_mask=attention,
+                position_ids=position_ids(attention),
                 use_cache=False,
-                logits_to_keep=length + 1,
-            ).logits[:, -length - 1 : -1]
-            full = torch.log_softmax(logits[response_mask].float() / self.temperature, dim=-1)
-            logps = full.gather(1, targets[response_mask].unsqueeze(1)).squeeze(1)
+                logits_to_keep=responses.shape[1] + 1,
+            ).logits[:, -responses.shape[1] - 1 : -1]
+            full = torch.log_softmax(logits[mask].float() / self.temperature, dim=-1)
+            logps = full.gather(1, targets.unsqueeze(1)).squeeze(1)
             entropies = -(full.exp() * full).sum(-1).detach()
-        zeros = torch.zeros(response_mask.shape, dtype=logps.dtype, device=logps.device)
-        return zeros.masked_scatter(response_mask, logps), zeros.masked_scatter(response_mask, entropies)
+        zeros = torch.zeros(mask.shape, dtype=logps.dtype, device=logps.device)
+        return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropies)
 
     def score(
         self, prompts: EncodedPrompts, responses: Tensor, mask: Tensor, *, micro_batch_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of responses to prompts, in micro-batches of similar length.
+        """Log-probabilities of responses to prompts, in micro-batches; prompts with short responses come first.
 
         With gradients, a micro-batch keeps nothing but its inputs and is computed again in the backward pass, so that
         the activations of one micro-batch at a time are in memory.
 
         Args:
-            prompts: one prompt per response.
-            responses: generated tokens, ``(rows, length)``.
+            prompts: the prompts.
+            responses: generated tokens, as many rows for every prompt, those of a prompt in a row, ``(rows, length)``.
             mask: which of them count, ``(rows, length)``, bool.
             micro_batch_size: rows per pass; ``None`` for all at once.
 
         Returns:
             log-probabilities and entropies, both ``(rows, length)`` and 0 outside the mask.
         """
-        rows = len(responses)
+        rows, length = mask.shape
+        num = rows // len(prompts.input_ids)
         size = micro_batch_size or rows
-        order = torch.arange(rows, device=mask.device) if size >= rows else mask.sum(1).argsort(stable=True)
+        order = torch.arange(rows, device=mask.device)
+        if size < rows:
+            longest = mask.sum(1).view(-1, num).amax(1)
+            order = order.view(-1, num)[longest.argsort(stable=True)].flatten()
         parts = []
         for chosen in order.split(size):
             used = max(1, int(mask[chosen].sum(1).max()))
-            prompt_mask = prompts.attention_mask[chosen]
+            needed, prompt_of = torch.unique(chosen // num, return_inverse=True)
+            prompt_mask = prompts.attention_mask[needed]
             first = int(prompt_mask.any(0).int().argmax())
-            tokens = torch.cat([prompts.input_ids[chosen, first:], responses[chosen, :used]], dim=1)
-            kept = mask[chosen, :used]
-            attention = None
-            if not bool(prompt_mask[:, first:].all()):
-                attention = torch.cat([prompt_mask[:, first:], kept.to(prompt_mask.dtype)], dim=1)
+            read = EncodedPrompts(prompts.input_ids[needed, first:], prompt_mask[:, first:])
+            inputs = (read, responses[chosen, :used], mask[chosen, :used], prompt_of)
             if micro_batch_size is not None and torch.is_grad_enabled():
-                scores = checkpoint(self.__call__, tokens, attention, kept, use_reentrant=False)
+                scores = checkpoint(self.__call__, *inputs, use_reentrant=False)
             else:
-                scores = self(tokens, attention, kept)
-            parts.append([nn.functional.pad(score, (0, mask.shape[1] - used)) for score in scores])
+                scores = self(*inputs)
+            parts.append([nn.functional.pad(score, (0, length - used)) for score in scores])
         back = order.argsort()
         logps, entropies = (torch.cat(tensors)[back] for tensors in zip(*parts, strict=True))
         return logps, entropies

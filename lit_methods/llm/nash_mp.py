@@ -67,7 +67,7 @@ class NashMP(LightningModule):
     full fine-tuning, under ``ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)`` (FSDP2: policy and
     frozen copies are sharded over the ranks).
 
-    Logs ``train/...``: ``loss``, ``kl/ref``, ``kl/ref_k3``, ``kl/target``, ``entropy``, ``preference/spread``,
+    Logs ``train/loss`` at every step and, at the trainer's logging steps, ``train/...``: ``kl/ref``, ``kl/ref_k3``, ``kl/target``, ``entropy``, ``preference/spread``,
     ``win_rate/opponent`` (separate opponents only), ``length/mean``, ``eos_rate``, ``judge/pairs``,
     ``tokens_per_s/generated``, ``tokens_per_s/trained``, ``time/{generate,judge,score}``; and ``{val,test}/...``:
     ``kl/ref``, ``entropy``, ``length/mean``, ``eos_rate``; win rates are the callback ``WinRate``'s.
@@ -312,8 +312,7 @@ class NashMP(LightningModule):
     @torch.no_grad()
     def move_player(self, name: str, share: float = 1.0) -> None:
         """Move a frozen player towards the policy: ``weights <- (1 - share) weights + share policy``."""
-        for mine, policy in zip(self.player_parameters(name), self.player_parameters("policy"), strict=True):
-            mine.lerp_(policy, share)
+        torch._foreach_lerp_(self.player_parameters(name), self.player_parameters("policy"), share)
 
     @torch.no_grad()
     def restart_from_policy(self) -> None:
@@ -340,11 +339,10 @@ class NashMP(LightningModule):
         pref, num_pairs = self._preferences(batch.prompts, responses, mask, others)
         judged = time.perf_counter()
 
-        rows = prompts.repeat_interleave(num)
         with torch.no_grad(), self._evaluating():
-            ref_logps = self._score("reference", rows, responses, mask)[0]
-            target_logps = None if math.isinf(self.eta) else self._score("target", rows, responses, mask)[0]
-        logps, entropies = self._score("policy", rows, responses, mask)
+            ref_logps = self._score("reference", prompts, responses, mask)[0]
+            target_logps = None if math.isinf(self.eta) else self._score("target", prompts, responses, mask)[0]
+        logps, entropies = self._score("policy", prompts, responses, mask)
         groups = (len(batch.prompts), num, -1)
         loss, metrics = nash_prox_loss(
             logps.view(groups),
@@ -360,23 +358,24 @@ class NashMP(LightningModule):
         )
         scored = time.perf_counter()
 
-        num_tokens = mask.sum()
-        drawn = num_tokens if others is None else num_tokens + self._response_mask(others).sum()
-        if not grouped:
-            metrics["win_rate/opponent"] = pref.mean()
-        logged: dict[str, Tensor | float] = {
-            **metrics,
-            "loss": loss.detach(),
-            "entropy": entropies.sum() / num_tokens,
-            "length/mean": mask.sum(1).float().mean(),
-            "eos_rate": self._finished(responses, mask).float().mean(),
-            "judge/pairs": float(num_pairs),
-            "time/generate": generated - started,
-            "time/judge": judged - generated,
-            "time/score": scored - judged,
-            "tokens_per_s/generated": drawn / (generated - started),
-            "tokens_per_s/trained": num_tokens / (scored - judged),
-        }
+        logged: dict[str, Tensor | float] = {"loss": loss.detach()}
+        if self._logging_now():
+            num_tokens = mask.sum()
+            drawn = num_tokens if others is None else num_tokens + self._response_mask(others).sum()
+            if not grouped:
+                metrics["win_rate/opponent"] = pref.mean()
+            logged |= {
+                **metrics,
+                "entropy": entropies.sum() / num_tokens,
+                "length/mean": mask.sum(1).float().mean(),
+                "eos_rate": self._finished(responses, mask).float().mean(),
+                "judge/pairs": float(num_pairs),
+                "time/generate": generated - started,
+                "time/judge": judged - generated,
+                "time/score": scored - judged,
+                "tokens_per_s/generated": drawn / (generated - started),
+                "tokens_per_s/trained": num_tokens / (scored - judged),
+            }
         self._log("train", logged, len(batch.prompts))
         return loss
 
@@ -440,7 +439,7 @@ class NashMP(LightningModule):
 
     def decode(self, responses: Tensor, mask: Tensor) -> list[str]:
         """Texts of responses, without special tokens."""
-        rows = [tokens[kept].tolist() for tokens, kept in zip(responses.cpu(), mask.cpu(), strict=True)]
+        rows = [row[:length] for row, length in zip(responses.tolist(), mask.sum(1).tolist(), strict=True)]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def supervised_loss(self, prompts: list[Prompt], responses: list[str]) -> Tensor:
@@ -473,7 +472,11 @@ class NashMP(LightningModule):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode of all players: no gradient checkpointing, so that decoding may use its cache."""
+        """No gradient checkpointing, so that caches may be used. Nothing else depends on the mode: dropout is off."""
+        assert self.policy is not None, "configure_model has not run"
+        if not self.policy.checkpointing:
+            yield
+            return
         training = self.training
         self.eval()
         try:
@@ -524,6 +527,13 @@ class NashMP(LightningModule):
         """Random numbers as a function of (seed, rank, stream, count), so that nothing needs to be checkpointed."""
         seed = hash((self.seed, self.global_rank, stream, count)) % 2**63
         return torch.Generator(self.device).manual_seed(seed)
+
+    def _logging_now(self) -> bool:
+        """Whether the trainer's loggers write at this step; logging costs more than a tiny model's backward pass."""
+        if self._trainer is None:
+            return True
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def _log(self, stage: str, metrics: Mapping[str, Tensor | float], batch_size: int) -> None:
         if self._trainer is None:

@@ -1,6 +1,7 @@
 """A toy preference that no score can express: words of class a beat b, b beat c and c beat a."""
 
 import math
+from functools import lru_cache
 
 from lit_methods.batches import Prompt
 
@@ -24,6 +25,7 @@ def word_game_preference(prompt: Prompt, first: str, second: str) -> float:
     return 1.0 / (1.0 + math.exp(-SHARPNESS * cycle - JUNK_PENALTY * (junk2 - junk1)))
 
 
+@lru_cache(maxsize=4096)
 def _shares(text: str) -> tuple[float, float, float, float]:
     words = text.split()
     if not words:

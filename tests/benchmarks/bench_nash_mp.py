@@ -88,7 +88,7 @@ def nash(folder: str, **options: Any) -> NashMP:
         JUDGE,
         beta=BETA,
         max_new_tokens=MAX_TOKENS,
-        optimizer=lambda params: torch.optim.Adam(params, lr=LR),
+        optimizer=lambda params: torch.optim.Adam(params, lr=LR, fused=True),
         **options,
     )
 
