@@ -115,13 +115,16 @@ class LanguageModel(nn.Module):
         logits = self.lm(input_ids=tokens, position_ids=position_ids(torch.ones_like(tokens))).logits.float()
         theirs = torch.log_softmax(logits[0, 1:-1], dim=-1).gather(1, responses[0].unsqueeze(1)).squeeze(1)
         tolerance = 1e-3 if layer.weight.dtype == torch.float32 else 5e-2
-        agrees = False
-        for self.shares_prompts in (self._has_plain_cache(), False):
-            hidden = self._hidden(prompts, responses, prompt_of)[1]
-            ours, _ = chunked_logprobs(hidden, self.head(), responses[1])
-            agrees = agrees or torch.allclose(ours.float(), theirs, atol=tolerance)
-            if agrees:
-                break
+
+        def agree() -> bool:
+            ours, _ = chunked_logprobs(self._hidden(prompts, responses, prompt_of)[1], self.head(), responses[1])
+            return torch.allclose(ours.float(), theirs, atol=tolerance)
+
+        self.shares_prompts = self._has_plain_cache()
+        agrees = agree()
+        if not agrees and self.shares_prompts:
+            self.shares_prompts = False
+            agrees = agree()
         self.lm.train(training)
         if not agrees:
             warnings.warn(

@@ -67,10 +67,10 @@ class NashMP(LightningModule):
     full fine-tuning, under ``ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)`` (FSDP2: policy and
     frozen copies are sharded over the ranks).
 
-    Logs ``train/loss`` at every step and, at the trainer's logging steps, ``train/...``: ``kl/ref``, ``kl/ref_k3``, ``kl/target``, ``entropy``, ``preference/spread``,
-    ``win_rate/opponent`` (separate opponents only), ``length/mean``, ``eos_rate``, ``judge/pairs``,
-    ``tokens_per_s/generated``, ``tokens_per_s/trained``, ``time/{generate,judge,score}``; and ``{val,test}/...``:
-    ``kl/ref``, ``entropy``, ``length/mean``, ``eos_rate``; win rates are the callback ``WinRate``'s.
+    Logs ``train/loss`` at every step, and at the trainer's logging steps ``train/...``: ``kl/ref``, ``kl/ref_k3``,
+    ``kl/target``, ``entropy``, ``preference/spread``, ``win_rate/opponent`` (separate opponents only), ``length/mean``,
+    ``eos_rate``, ``judge/pairs``, ``tokens_per_s/{generated,trained}`` and ``time/{generate,judge,score}``; and
+    ``{val,test}/...``: ``kl/ref``, ``entropy``, ``length/mean``, ``eos_rate``; win rates come from ``WinRate``.
 
     Args:
         model: folder or hub id of a causal language model; configuration fields with ``model_type`` for random weights;
@@ -312,7 +312,8 @@ class NashMP(LightningModule):
     @torch.no_grad()
     def move_player(self, name: str, share: float = 1.0) -> None:
         """Move a frozen player towards the policy: ``weights <- (1 - share) weights + share policy``."""
-        torch._foreach_lerp_(self.player_parameters(name), self.player_parameters("policy"), share)
+        mine: list[Tensor] = [*self.player_parameters(name)]
+        torch._foreach_lerp_(mine, [*self.player_parameters("policy")], share)
 
     @torch.no_grad()
     def restart_from_policy(self) -> None:
@@ -532,7 +533,7 @@ class NashMP(LightningModule):
         """Whether the trainer's loggers write at this step; logging costs more than a tiny model's backward pass."""
         if self._trainer is None:
             return True
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.trainer.global_step + 1) % every == 0
 
     def _log(self, stage: str, metrics: Mapping[str, Tensor | float], batch_size: int) -> None:

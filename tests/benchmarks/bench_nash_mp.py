@@ -1,15 +1,21 @@
 """Nash Prox and its relatives against TRL's online trainers: same model, judge and number of generated responses.
 
-Every method starts from the same supervised tiny Llama and plays the intransitive word game of the recipe
-``nash_mp/tiny_intransitive``: 200 steps of 128 responses, Adam 1e-3, beta 0.03, clipping at 1. TRL's trainers take
-scalar rewards only; theirs is the mean win probability within the group of a prompt, under the same judge. Time is the
-process's CPU time of training on one thread, without evaluation (wall time means little on a shared machine); the
-methods of a seed run one after the other in an order that rotates.
+Two games, each training in a process of its own, one after the other in an order that rotates with the seed:
+
+- ``tiny``: every method starts from the same supervised tiny Llama and plays the intransitive word game of the recipe
+  ``nash_mp/tiny_intransitive``: 200 steps of 128 responses, Adam 1e-3, beta 0.03, clipping at 1.
+- ``larger``: a random Llama of 4 layers and width 256, prompts of 64 tokens and responses of 32, for speed and memory.
+
+TRL's trainers take scalar rewards only; theirs is the mean win probability within the group of a prompt, under the same
+judge. Time is the process's CPU time of training on one thread, without evaluation (wall time means little on a shared
+machine). Memory is the peak of the resident set during training, above what it was when training began, with all models
+loaded: activations, gradients, optimizer states, key-value caches.
 
 Run ``python -m tests.benchmarks.bench_nash_mp`` in an environment with this package and ``trl==1.16.0`` (optional).
 """
 
 import argparse
+import json
 import math
 import resource
 import statistics
@@ -17,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -24,14 +32,14 @@ import torch
 
 from lit_methods.callbacks import SFTWarmup
 from lit_methods.callbacks.export_hf import ExportHF
-from lit_methods.datamodules import WordGameDataModule
+from lit_methods.datamodules import PromptDataModule, WordGameDataModule
 from lit_methods.llm import FunctionJudge, NashMP
 from lit_methods.llm.judges import query_judge
-from lit_methods.llm.language_model import LanguageModel, load_causal_lm
+from lit_methods.llm.language_model import LanguageModel, load_causal_lm, load_tokenizer
 from lit_methods.llm.word_game import word_game_preference
 from tests.benchmarks import harness
 
-BETA, LR, CLIP, NUM_RESPONSES, MAX_TOKENS = 0.03, 1e-3, 1.0, 128, 10
+BETA, LR, CLIP = 0.03, 1e-3, 1.0
 JUDGE = FunctionJudge(word_game_preference)
 PURE = {letter: " ".join(f"{letter}{i}" for i in range(6)) for letter in "abc"}
 WORDS = [f"{letter}{i}" for letter, n in zip("pabcx", (5, 7, 7, 7, 5), strict=True) for i in range(n)]
@@ -40,22 +48,36 @@ LLAMA = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "bos_token_id": None,
     "pad_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+LARGER = {
+    **LLAMA, "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+NUM_RESPONSES = {"tiny": 128, "larger": 32}
+MAX_TOKENS = {"tiny": 10, "larger": 32}
 OURS: dict[str, dict[str, Any]] = {
-    "Nash Prox (group)": {"eta": 0.25, "samples_per_prompt": 8},
-    "Nash Prox (separate opponent)": {"eta": 0.25, "samples_per_prompt": 4, "opponent": "policy"},
-    "Nash-MP mirror_prox": {"eta": 0.25, "samples_per_prompt": 4, "mode": "mirror_prox", "inner_steps": 10},
-    "self-play (eta=inf)": {"eta": math.inf, "samples_per_prompt": 8},
-    "Nash-MD-PG (mixture 0.125)": {"eta": math.inf, "samples_per_prompt": 4, "opponent": "mixture"},
-    "best response to reference": {"eta": math.inf, "samples_per_prompt": 4, "opponent": "reference"},
+    "Nash Prox (group)": {"eta": 0.25},
+    "Nash Prox (separate opponent)": {"eta": 0.25, "opponent": "policy"},
+    "Nash-MP mirror_prox": {"eta": 0.25, "mode": "mirror_prox", "inner_steps": 10},
+    "self-play (eta=inf)": {"eta": math.inf},
+    "Nash-MD-PG (mixture 0.125)": {"eta": math.inf, "opponent": "mixture"},
+    "best response to reference": {"eta": math.inf, "opponent": "reference"},
 }
 THEIRS = ("TRL OnlineDPO (ipo)", "TRL RLOO", "TRL GRPO")
+
+
+def prompts(game: str, seed: int) -> PromptDataModule:
+    """The prompts of a game."""
+    if game == "tiny":
+        return WordGameDataModule(seed=seed)
+    words = torch.randint(4094, (512, 64), generator=torch.Generator().manual_seed(seed)).tolist()
+    return PromptDataModule([" ".join(f"x{word}" for word in row) for row in words], val_size=8, seed=seed)
 
 
 class Evaluation:
     """Win rates of a policy on held-out prompts with fixed seeds, and how long measuring them took."""
 
-    def __init__(self, folder: str, data: WordGameDataModule) -> None:
-        self.module = nash(folder)
+    def __init__(self, folder: str, data: PromptDataModule) -> None:
+        self.module = nash(folder, max_new_tokens=MAX_TOKENS["tiny"])
         self.module.configure_model()
         self.prompts = [row[0] for row in data.val_rows]
         self.reference = self.module.respond(self.prompts, "reference", seed=1)[0]
@@ -82,21 +104,31 @@ class Evaluation:
         return float(query_judge(JUDGE, self.prompts, texts, others).mean())
 
 
-def nash(folder: str, **options: Any) -> NashMP:
-    return NashMP(
-        folder,
-        JUDGE,
-        beta=BETA,
-        max_new_tokens=MAX_TOKENS,
-        optimizer=lambda params: torch.optim.Adam(params, lr=LR, fused=True),
-        **options,
+class Counting(NashMP):
+    """Counts the tokens that it draws."""
+
+    tokens = 0
+
+    def _sample(self, *arguments: Any) -> torch.Tensor:
+        responses = super()._sample(*arguments)
+        self.tokens += int(self._response_mask(responses).sum())
+        return responses
+
+
+def nash(folder: str, **options: Any) -> Counting:
+    return Counting(
+        folder, JUDGE, beta=BETA, optimizer=lambda params: torch.optim.Adam(params, lr=LR, fused=True), **options
     )
 
 
-def supervised_start(folder: str, seed: int) -> None:
-    """The model that everybody starts from."""
+def start_model(game: str, folder: str, seed: int) -> None:
+    """The model that everybody starts from: supervised in the tiny game, random in the larger one."""
     L.seed_everything(seed, verbose=False)
-    module = NashMP(LLAMA, JUDGE, {"words": WORDS}, max_new_tokens=MAX_TOKENS)
+    if game == "larger":
+        load_causal_lm(LARGER).save_pretrained(folder)
+        load_tokenizer({"words": [f"x{word}" for word in range(4094)]}).save_pretrained(folder)
+        return
+    module = NashMP(LLAMA, JUDGE, {"words": WORDS})
     trainer = quiet_trainer(0, [SFTWarmup(steps=300)])
     trainer.fit(module, WordGameDataModule(seed=seed))
     ExportHF().export(module, folder)
@@ -110,44 +142,59 @@ def quiet_trainer(steps: int, callbacks: list[Any]) -> L.Trainer:
     )  # fmt: skip
 
 
-def run_ours(name: str, folder: str, data: WordGameDataModule, steps: int, every: int) -> tuple[Evaluation, float, int]:
-    evaluation = Evaluation(folder, data)
-    tokens = 0
+class Run:
+    """One training: evaluates every so many steps, and measures CPU time without evaluation, and memory."""
 
+    def __init__(self, game: str, folder: str, seed: int, steps: int, every: int) -> None:
+        self.game, self.folder, self.seed, self.steps, self.every = game, folder, seed, steps, every
+        L.seed_everything(seed, verbose=False)
+        self.data = prompts(game, seed)
+        self.data.setup("fit")
+        self.evaluation = Evaluation(folder, self.data) if game == "tiny" else None
+        self.tokens = 0
+
+    def watch(self, step: int, lm: Any) -> None:
+        if self.evaluation is not None and step % self.every == 0:
+            self.evaluation(lm)
+
+    def measure(self, train: Callable[[], object]) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = resident_mib("VmRSS")
+        start = time.process_time()
+        train()
+        self.seconds = time.process_time() - start - (0.0 if self.evaluation is None else self.evaluation.seconds)
+        self.peak = resident_mib("VmHWM") - before
+
+
+def resident_mib(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+
+
+def run_ours(name: str, run: Run) -> None:
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            nonlocal tokens
-            tokens += round(float(trainer.callback_metrics["train/length/mean"]) * len(batch.prompts) * num)
-            if (batch_idx + 1) % every == 0:
-                evaluation(module.policy.lm)
+            run.watch(batch_idx + 1, module.policy.lm)
 
-    options = OURS[name]
-    num = options["samples_per_prompt"]
-    data.batch_size = 16
-    module = nash(folder, **options)
-    trainer = quiet_trainer(steps, [Watch()])
-    start = time.process_time()
-    trainer.fit(module, data)
-    seconds = time.process_time() - start - evaluation.seconds
-    return evaluation, seconds, tokens
+    num = 4 if _has_separate_opponent(name) else 8
+    run.data.batch_size = NUM_RESPONSES[run.game] // 8
+    module = nash(run.folder, samples_per_prompt=num, max_new_tokens=MAX_TOKENS[run.game], **OURS[name])
+    module.configure_model()
+    trainer = quiet_trainer(run.steps, [Watch()])
+    run.measure(lambda: trainer.fit(module, run.data))
+    run.tokens = module.tokens
 
 
-def run_theirs(
-    name: str, folder: str, data: WordGameDataModule, steps: int, every: int, seed: int
-) -> tuple[Evaluation, float, int]:
+def run_theirs(name: str, run: Run) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-    evaluation = Evaluation(folder, data)
-    tokens = 0
-
     def win_rates(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         """Mean win probability against the other completions of the same prompt in this batch."""
-        nonlocal tokens
         texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        tokens += sum(min(MAX_TOKENS, len(text.split()) + 1) for text in texts)
+        run.tokens += sum(min(longest, len(text.split()) + 1) for text in texts)
         groups: dict[tuple[str, int], list[int]] = {}
         seen: dict[str, int] = {}
         for i, prompt in enumerate(prompts):  # a prompt drawn twice makes groups of the same prompt: fill one by one
@@ -165,95 +212,100 @@ def run_theirs(
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.global_step % every == 0:
-                evaluation(model)
+            run.watch(state.global_step, model)
 
-    size = 2 if "DPO" in name else 8
+    size, longest = 2 if "DPO" in name else 8, MAX_TOKENS[run.game]
     common: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": steps,
-        "learning_rate": LR, "lr_scheduler_type": "constant", "max_grad_norm": CLIP, "weight_decay": 0.0, "seed": seed,
-        "save_strategy": "no", "logging_steps": 10_000, "disable_tqdm": True, "temperature": 1.0,
+        "output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": run.steps,
+        "learning_rate": LR, "lr_scheduler_type": "constant", "max_grad_norm": CLIP, "weight_decay": 0.0,
+        "seed": run.seed, "save_strategy": "no", "logging_steps": 10_000, "disable_tqdm": True, "temperature": 1.0,
         "gradient_checkpointing": False,
     }  # fmt: skip
-    rows = Dataset.from_list([{"prompt": row[0]} for row in data.train_rows])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = Dataset.from_list([{"prompt": row[0]} for row in run.data.train_rows])
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
     shared = {"processing_class": tokenizer, "train_dataset": rows, "callbacks": [Watch()], "reward_funcs": win_rates}
     if "DPO" in name:
         args = OnlineDPOConfig(
             **common,
             beta=BETA,
             loss_type="ipo",
-            max_new_tokens=MAX_TOKENS,
-            per_device_train_batch_size=NUM_RESPONSES // 2,
+            max_new_tokens=longest,
+            per_device_train_batch_size=NUM_RESPONSES[run.game] // 2,
         )
-        trainer = OnlineDPOTrainer(model=load_causal_lm(folder), args=args, **shared)
+        trainer = OnlineDPOTrainer(model=load_causal_lm(run.folder), args=args, **shared)
     else:
         config, kind = (RLOOConfig, RLOOTrainer) if "RLOO" in name else (GRPOConfig, GRPOTrainer)
         extra = {} if "RLOO" in name else {"scale_rewards": "none"}
         args = config(
-            **common, beta=BETA, num_generations=8, max_completion_length=MAX_TOKENS,
-            per_device_train_batch_size=NUM_RESPONSES, **extra,
+            **common, beta=BETA, num_generations=8, max_completion_length=longest,
+            per_device_train_batch_size=NUM_RESPONSES[run.game], **extra,
         )  # fmt: skip
-        trainer = kind(model=folder, args=args, **shared)
-    start = time.process_time()
-    trainer.train()
-    return evaluation, time.process_time() - start - evaluation.seconds, tokens
+        trainer = kind(model=run.folder, args=args, **shared)
+    run.measure(trainer.train)
 
 
-def compare(steps: int, seeds: list[int], every: int = 20, save_as: str = "same_number_of_responses") -> None:
-    """The table of all methods over all seeds."""
-    peers = THEIRS if harness.peer("trl") is not None else ()
-    names = [*OURS, *peers]
+def one(name: str, game: str, folder: str, seed: int, steps: int) -> dict[str, float]:
+    """Train once; what was seen."""
+    run = Run(game, folder, seed, steps, every=20)
+    (run_ours if name in OURS else run_theirs)(name, run)
+    share = 0.5 if _has_separate_opponent(name) else 1.0
+    seen = {"generated": run.tokens / run.seconds, "trained": share * run.tokens / run.seconds, "peak": run.peak}
+    if run.evaluation is None:
+        return seen
+    half = run.evaluation.points[len(run.evaluation.points) // 2 :]
+    wins, worst = ([point[key] for point in half] for key in ("reference", "worst"))
+    return seen | {
+        "win": statistics.mean(wins), "std": statistics.pstdev(wins), "min": min(wins),
+        "worst": statistics.mean(worst), "worst_min": min(worst), "junk": half[-1]["junk"],
+    }  # fmt: skip
+
+
+def compare(game: str, steps: int, seeds: list[int]) -> None:
+    """The table of all methods over all seeds, one process per training."""
+    names = [*OURS, *(THEIRS if harness.peer("trl") is not None else ())]
     collected: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn, seed in enumerate(seeds):
+        shift = turn * 2 % len(names)
         with tempfile.TemporaryDirectory() as folder:
-            supervised_start(folder, seed)
-            for name in names[turn:] + names[:turn]:
-                L.seed_everything(seed, verbose=False)
-                data = WordGameDataModule(seed=seed)
-                data.setup("fit")
-                if name in OURS:
-                    evaluation, seconds, tokens = run_ours(name, folder, data, steps, every)
-                else:
-                    evaluation, seconds, tokens = run_theirs(name, folder, data, steps, every, seed)
-                half = evaluation.points[len(evaluation.points) // 2 :]
-                wins, worst = ([point[key] for point in half] for key in ("reference", "worst"))
-                row = {
-                    "win": statistics.mean(wins), "std": statistics.pstdev(wins), "min": min(wins),
-                    "worst": statistics.mean(worst), "worst_min": min(worst), "junk": half[-1]["junk"],
-                    "trained": tokens / seconds,
-                    "generated": tokens * (2 if _has_separate_opponent(name) else 1) / seconds,
-                }  # fmt: skip
-                collected[name].append(row)
-                sys.stderr.write(f"seed {seed} {name}: {row}\n")
-        write(collected, steps, save_as)
+            start_model(game, folder, seed)
+            for name in names[shift:] + names[:shift]:
+                options = ["--one", name, "--game", game, "--folder", folder, "--seeds", seed, "--steps", steps]
+                command = [sys.executable, "-m", "tests.benchmarks.bench_nash_mp", *map(str, options)]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                collected[name].append(json.loads(output.splitlines()[-1]))
+                sys.stderr.write(f"{game}, seed {seed}, {name}: {collected[name][-1]}\n")
+        write(game, collected, steps)
 
 
-def write(collected: dict[str, list[dict[str, float]]], steps: int, save_as: str) -> None:
+def write(game: str, collected: dict[str, list[dict[str, float]]], steps: int) -> None:
     """Save the table of what has run so far."""
     base = collected["Nash Prox (group)"]
-    rows = []
+    rows: list[harness.Row] = []
     for name, runs in collected.items():
-        speed = [run["generated"] / ours["generated"] for run, ours in zip(runs, base, strict=True)]
-        rows.append(
-            {
-                "method": name,
+        speed = sorted(ours["generated"] / run["generated"] for run, ours in zip(runs, base, strict=True))
+        row: harness.Row = {"method": name}
+        if game == "tiny":
+            row |= {
                 "win rate vs reference": spread(runs, "win"),
                 "its std over the last half": spread(runs, "std"),
                 "worst case vs pure a/b/c": spread(runs, "worst"),
                 "lowest worst case": round(min(run["worst_min"] for run in runs), 3),
                 "junk": round(statistics.mean(run["junk"] for run in runs), 3),
-                "generated tokens per CPU second": round(statistics.median(run["generated"] for run in runs)),
-                "trained tokens per CPU second": round(statistics.median(run["trained"] for run in runs)),
-                "generated tokens per CPU second, ratio to Nash Prox": [round(min(speed), 2), round(max(speed), 2)],
             }
-        )
-    packages = ("transformers", "lightning", "trl")
-    harness.save("nash_mp", save_as, [{**row, "seeds": len(base), "steps": steps} for row in rows], packages)
+        row |= {
+            "generated tokens per CPU second": round(statistics.median(run["generated"] for run in runs)),
+            "trained tokens per CPU second": round(statistics.median(run["trained"] for run in runs)),
+            "speed of Nash Prox relative to it": [round(value, 2) for value in (statistics.median(speed), *speed)],
+            "peak MiB": round(statistics.median(run["peak"] for run in runs)),
+            "seeds": len(runs),
+            "steps": steps,
+        }
+        rows.append(row)
+    harness.save("nash_mp", f"{game}_same_number_of_responses", rows, ("transformers", "lightning", "trl"))
 
 
 def _has_separate_opponent(name: str) -> bool:
-    return name in OURS and OURS[name]["samples_per_prompt"] == 4
+    return name in OURS and (OURS[name].get("opponent", "group") != "group" or "mode" in OURS[name])
 
 
 def spread(runs: list[dict[str, float]], key: str) -> str:
@@ -293,18 +345,25 @@ def one_head(kind: str) -> None:
 def main() -> None:
     """Run the sections."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--game", choices=["tiny", "larger"], help="only this one")
+    parser.add_argument("--steps", type=int, help="default: 200 in the tiny game, 10 in the larger one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--head", choices=["nothing", "plain", "chunked"])
     parser.add_argument("--only-head", action="store_true")
+    parser.add_argument("--one", choices=[*OURS, *THEIRS], help="a single training")
+    parser.add_argument("--folder", help="the model that a single training starts from")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.head:
         one_head(arguments.head)
-        return
-    head_memory()
-    if not arguments.only_head:
-        compare(arguments.steps, arguments.seeds)
+    elif arguments.one:
+        seen = one(arguments.one, arguments.game, arguments.folder, arguments.seeds[0], arguments.steps)
+        print("\n" + json.dumps(seen))
+    else:
+        if not arguments.game:
+            head_memory()
+        for game in () if arguments.only_head else [arguments.game] if arguments.game else ["larger", "tiny"]:
+            compare(game, arguments.steps or {"tiny": 200, "larger": 10}[game], arguments.seeds)
 
 
 if __name__ == "__main__":
