@@ -7,11 +7,14 @@ be intransitive. :func:`query_judge` is how trainers call one; it settles ties o
 import hashlib
 import json
 import math
+import os
 import time
 import urllib.error
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -123,7 +126,7 @@ class RewardModelJudge:
         temperature: divides the difference of rewards, positive.
         batch_size: responses per forward pass.
         max_length: longer texts lose their beginning; ``None`` for no limit.
-        device: where the model runs; default: CUDA if there is one.
+        device: where the model runs; default: the GPU of this process, if there is one.
     """
 
     def __init__(
@@ -185,7 +188,7 @@ class PairwiseModelJudge:
         answers: the two words a causal model chooses from: first better, second better.
         batch_size: texts per forward pass.
         max_length: longer texts lose their beginning; ``None`` for no limit.
-        device: where the model runs; default: CUDA if there is one.
+        device: where the model runs; default: the GPU of this process, if there is one.
     """
 
     def __init__(
@@ -273,6 +276,7 @@ class HTTPJudge:
         retries: further attempts after the first, 0 or more.
         backoff: seconds before the second attempt; doubles each time.
         batch_size: pairs per request.
+        concurrency: requests under way at a time, 1 or more.
         cache_size: answers remembered; 0 for none.
     """
 
@@ -284,16 +288,17 @@ class HTTPJudge:
         retries: int = 3,
         backoff: float = 1.0,
         batch_size: int = 64,
+        concurrency: int = 4,
         cache_size: int = 100_000,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url must start with http:// or https://, got {url!r}")
         if not timeout > 0:
             raise ValueError(f"timeout must be positive, got {timeout}")
-        if retries < 0 or backoff < 0 or cache_size < 0 or batch_size < 1:
+        if retries < 0 or backoff < 0 or cache_size < 0 or batch_size < 1 or concurrency < 1:
             raise ValueError(
-                "retries, backoff and cache_size must be 0 or more and batch_size 1 or more, got "
-                f"{retries}, {backoff}, {cache_size} and {batch_size}"
+                "retries, backoff and cache_size must be 0 or more, batch_size and concurrency 1 or more, got "
+                f"{retries}, {backoff}, {cache_size}, {batch_size} and {concurrency}"
             )
         self.url = url
         self.headers = {"Content-Type": "application/json", **(headers or {})}
@@ -301,6 +306,7 @@ class HTTPJudge:
         self.retries = retries
         self.backoff = backoff
         self.batch_size = batch_size
+        self.concurrency = concurrency
         self.cache_size = cache_size
         self._cache: OrderedDict[str, float] = OrderedDict()
 
@@ -315,10 +321,11 @@ class HTTPJudge:
         keys = [hashlib.sha256(json.dumps(pair).encode()).hexdigest() for pair in pairs]
         answers = {key: self._cache[key] for key in keys if key in self._cache}
         missing = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in answers}.items())
-        for start in range(0, len(missing), self.batch_size):
-            part = missing[start : start + self.batch_size]
-            values = self._ask([pair for _, pair in part])
-            answers.update(zip((key for key, _ in part), values, strict=True))
+        parts = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            values = pool.map(self._ask, [[pair for _, pair in part] for part in parts])
+            for (key, _), value in zip(chain(*parts), chain.from_iterable(values), strict=True):
+                answers[key] = value
         for key, value in answers.items():
             if 0.0 <= value <= 1.0:  # what query_judge is going to refuse is not remembered
                 self._cache[key] = value
@@ -365,7 +372,7 @@ def _load_judge(model: str | PreTrainedModel, tokenizer: Any, device: str | None
         names = AutoConfig.from_pretrained(model).architectures or []
         classifier = any("ForSequenceClassification" in name for name in names)
         model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_pretrained(model)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if isinstance(tokenizer, str):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     return model.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[arg-type]

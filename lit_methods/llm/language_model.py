@@ -89,12 +89,15 @@ class LanguageModel(nn.Module):
         )
         return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks."""
+        names = set(self.base._no_split_modules or [])
+        return [module for module in self.base.modules() if type(module).__name__ in names]
+
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the weights over a one-dimensional device mesh (FSDP2): each decoder block by itself, then the rest."""
-        blocks = set(self.base._no_split_modules or [])
-        for module in self.base.modules():
-            if type(module).__name__ in blocks:
-                fully_shard(module, mesh=mesh)
+        for block in self.blocks():
+            fully_shard(block, mesh=mesh)
         fully_shard(self, mesh=mesh, reshard_after_forward=True)  # frozen players have no backward pass to do it
         register_fsdp_forward_method(self, "decode")
         self.synchronised = True
@@ -210,8 +213,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of responses to prompts, in micro-batches; prompts with short responses come first.
 
-        With gradients, a micro-batch keeps nothing but its inputs and is computed again in the backward pass, so that
-        the activations of one micro-batch at a time are in memory.
+        With gradients and several micro-batches, each keeps nothing but its inputs and is computed again in the
+        backward pass, so that the activations of one at a time are in memory.
 
         Args:
             prompts: the prompts.
@@ -237,7 +240,7 @@ class LanguageModel(nn.Module):
             first = int(prompt_mask.any(0).int().argmax())
             read = EncodedPrompts(prompts.input_ids[needed, first:], prompt_mask[:, first:])
             inputs = (read, responses[chosen, :used], mask[chosen, :used], prompt_of)
-            if micro_batch_size is not None and torch.is_grad_enabled():
+            if size < rows and torch.is_grad_enabled():
                 scores = checkpoint(self.__call__, *inputs, use_reentrant=False)
             else:
                 scores = self(*inputs)

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_methods.batches import Prompt, PromptBatch
 from lit_methods.hyperparameters import live_arguments
@@ -63,13 +65,15 @@ class NashMP(LightningModule):
     With ``lora`` the reference is the model with its adapters off, and the target (and opponent) are further adapters;
     without, they are frozen copies. The model is built in ``configure_model``. Batches are
     :class:`~lit_methods.batches.PromptBatch`. Randomness is a function of (``seed``, rank, number of batches seen).
-    Dropout is switched off, because sampling and scoring must see one policy. Runs on one device, under DDP, and, for
+    Dropout is switched off, because sampling and scoring must see one policy. The judge answers in a thread of its own
+    while reference and target score: its waiting costs nothing. Runs on one device, under DDP, and, for
     full fine-tuning, under ``ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)`` (FSDP2: policy and
     frozen copies are sharded over the ranks).
 
     Logs ``train/loss`` at every step, and at the trainer's logging steps ``train/...``: ``kl/ref``, ``kl/ref_k3``,
     ``kl/target``, ``entropy``, ``preference/spread``, ``win_rate/opponent`` (separate opponents only), ``length/mean``,
-    ``eos_rate``, ``judge/pairs``, ``tokens_per_s/{generated,trained}`` and ``time/{generate,judge,score}``; and
+    ``eos_rate``, ``grad_norm``, ``judge/pairs``, ``tokens_per_s/{generated,trained}`` and
+    ``time/{generate,judge,score,train}`` (``judge`` runs beside ``score``; ``train`` is the backward pass). Further
     ``{val,test}/...``: ``kl/ref``, ``entropy``, ``length/mean``, ``eos_rate``; win rates come from ``WinRate``.
 
     Args:
@@ -78,6 +82,9 @@ class NashMP(LightningModule):
         judge: who prefers what: a :class:`~lit_methods.llm.judges.PairwiseJudge`, such as those of
             :mod:`lit_methods.llm.judges`.
         tokenizer: folder, hub id, ``{"words": [...]}`` or a tokenizer; default: that of ``model``.
+        reference: folder or hub id of another model of the same vocabulary to stay near; default: the policy's start.
+        reference_dtype: storage type of a reference that has weights of its own; default: ``dtype``.
+        offload_reference: keep the reference's own weights on the CPU except while they score.
         mode: driver of the outer loop.
         opponent: who the policy plays in ``mode="prox"``: its other samples of the same prompt (``"group"``), separate
             samples of itself, of the reference, or of the token-level geometric mixture of both.
@@ -106,6 +113,7 @@ class NashMP(LightningModule):
         attn_implementation: see ``transformers``.
         gradient_checkpointing: recompute activations layer by layer.
         load_in_4bit: NF4 base weights by bitsandbytes (CUDA, LoRA only).
+        torch_compile: compile the decoder blocks; pays on GPUs and for long runs.
         micro_batch_size: responses per scoring pass; limits memory, costs a second forward pass.
         logprob_chunk_size: response tokens per pass through the language-model head.
         sampler: who draws responses; default: :class:`~lit_methods.llm.sampling.LocalSampler`.
@@ -122,6 +130,9 @@ class NashMP(LightningModule):
         model: str | dict[str, Any] | PreTrainedModel,
         judge: Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], Any],
         tokenizer: str | dict[str, Any] | PreTrainedTokenizerBase | None = None,
+        reference: str | None = None,
+        reference_dtype: str | None = None,
+        offload_reference: bool = False,
         mode: Literal["prox", "mirror_prox"] = "prox",
         opponent: Opponent = "group",
         beta: float = 0.1,
@@ -145,6 +156,7 @@ class NashMP(LightningModule):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         load_in_4bit: bool = False,
+        torch_compile: bool = False,
         micro_batch_size: int | None = None,
         logprob_chunk_size: int = 1024,
         sampler: Sampler | None = None,
@@ -182,12 +194,20 @@ class NashMP(LightningModule):
             )
         if lora is not None and (lora.get("modules_to_save") or lora.get("bias", "none") != "none"):
             raise ValueError("lora must train adapters only: leave modules_to_save out and bias at 'none'")
+        if lora is not None and reference is None and (offload_reference or reference_dtype):
+            raise ValueError(
+                "offload_reference and reference_dtype need a reference with weights of its own: under lora it is the "
+                "base model without adapters; leave them out, or set reference"
+            )
         if loss_type == "reinforce" and (top_k or top_p < 1):
             warnings.warn("top_k and top_p draw from another distribution than the one scored: biased gradients")
         if tokenizer is None and not isinstance(model, str):
             raise ValueError("tokenizer must be given when model is not a folder or hub id")
         self.save_hyperparameters(ignore=live_arguments(locals()))
         self.judge = judge
+        self.reference = reference
+        self.reference_dtype = reference_dtype
+        self.offload_reference = offload_reference
         self.mode = mode
         self.opponent = opponent
         self.beta = beta
@@ -202,6 +222,7 @@ class NashMP(LightningModule):
         self.max_prompt_length = max_prompt_length
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
+        self.torch_compile = torch_compile
         self.micro_batch_size = micro_batch_size
         self.logprob_chunk_size = logprob_chunk_size
         self.sampler: Sampler = sampler or LocalSampler()
@@ -233,6 +254,7 @@ class NashMP(LightningModule):
         self.phase = 0  # of mirror_prox: 0 against the target, 1 against the frozen opponent
         self.inner_step = 0
         self.batches_seen = 0
+        self._scored = 0.0  # when the loss was ready
 
     # ---------------------------------------------------------------- model
 
@@ -251,14 +273,24 @@ class NashMP(LightningModule):
         self.generation = replace(self.generation, eos_token_ids=ends)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if self.reference is not None:
+            loading = {**self._loading, "architecture": None, "load_in_4bit": False}
+            self.frozen["reference"] = self._wrap(load_causal_lm(self.reference, **loading))
+        elif self.lora is None:
+            self.frozen["reference"] = self._wrap(deepcopy(lm))
         if self.lora is None:
             lm.requires_grad_(True)
-            for name in ["reference", *self.frozen_players]:
-                self.frozen[name] = self._wrap(deepcopy(lm)).requires_grad_(False)
+            for name in self.frozen_players:
+                self.frozen[name] = self._wrap(deepcopy(lm))
         else:
             lm = add_adapters(lm, self.lora, self.frozen_players)
+        self.frozen.requires_grad_(False)
+        if self.reference_dtype is not None:
+            self.frozen["reference"].to(getattr(torch, self.reference_dtype))
         self.policy = self._wrap(lm)
         if self._device_mesh is not None:
+            if self.offload_reference:
+                raise ValueError("offload_reference does not work with ModelParallelStrategy (FSDP2), which shards it")
             if self.lora is not None:
                 raise ValueError("lora does not work with ModelParallelStrategy (FSDP2); use strategy: ddp")
             if self._device_mesh["tensor_parallel"].size() > 1:
@@ -271,6 +303,9 @@ class NashMP(LightningModule):
 
     def _wrap(self, lm: nn.Module) -> LanguageModel:
         model = LanguageModel(lm, temperature=self.generation.temperature, chunk_size=self.logprob_chunk_size)
+        if self.torch_compile:
+            for block in model.blocks():
+                block.compile(dynamic=True)
         return model.train()  # as Lightning expects it; from_pretrained gives evaluation mode
 
     @contextmanager
@@ -287,8 +322,14 @@ class NashMP(LightningModule):
             raise ValueError(f"there is no player {name!r} with mode={self.mode!r} and eta={self.eta}")
         if torch.is_grad_enabled():
             raise RuntimeError(f"player {name!r} is frozen: use it under torch.no_grad()")
-        if self.lora is None:
-            yield self.frozen[name]  # type: ignore[misc]
+        if name in self.frozen:
+            model: Any = self.frozen[name]
+            offload = self.offload_reference and name == "reference"
+            try:
+                yield model.to(self.device) if offload else model
+            finally:
+                if offload:
+                    model.to("cpu")
             return
         lm: Any = self.policy.lm
         if name == "reference":
@@ -312,14 +353,15 @@ class NashMP(LightningModule):
     @torch.no_grad()
     def move_player(self, name: str, share: float = 1.0) -> None:
         """Move a frozen player towards the policy: ``weights <- (1 - share) weights + share policy``."""
-        mine: list[Tensor] = [*self.player_parameters(name)]
-        torch._foreach_lerp_(mine, [*self.player_parameters("policy")], share)
+        for mine, policy in zip(self.player_parameters(name), self.player_parameters("policy"), strict=True):
+            mine.lerp_(policy.to(mine), share)
 
     @torch.no_grad()
     def restart_from_policy(self) -> None:
         """Make the present weights the reference and the start of every player (after a supervised warm-up)."""
         self.base_changed = True
-        for name in self.frozen_players if self.lora is not None else list(self.frozen):
+        moved = ["reference"] if self.lora is None and self.reference is None else []
+        for name in [*moved, *self.frozen_players]:
             self.move_player(name)
 
     # ---------------------------------------------------------------- one step
@@ -336,13 +378,15 @@ class NashMP(LightningModule):
         others = None if grouped else self._sample(players, prompts, num, generator)
         generated = time.perf_counter()
 
-        mask = response_mask(responses, self.generation.eos_token_ids)
-        pref, num_pairs = self._preferences(batch.prompts, responses, mask, others)
-        judged = time.perf_counter()
-
-        with torch.no_grad(), self._evaluating():
-            ref_logps = self._score("reference", prompts, responses, mask)[0]
-            target_logps = None if math.isinf(self.eta) else self._score("target", prompts, responses, mask)[0]
+        mask = self._response_mask(responses)
+        with ThreadPoolExecutor(1) as pool:
+            judging = pool.submit(
+                lambda: (*self._preferences(batch.prompts, responses, mask, others), time.perf_counter())
+            )
+            with torch.no_grad(), self._evaluating():
+                ref_logps = self._score("reference", prompts, responses, mask)[0]
+                target_logps = None if math.isinf(self.eta) else self._score("target", prompts, responses, mask)[0]
+            pref, num_pairs, judged = judging.result()
         logps, entropies = self._score("policy", prompts, responses, mask)
         groups = (len(batch.prompts), num, -1)
         loss, metrics = nash_prox_loss(
@@ -357,7 +401,7 @@ class NashMP(LightningModule):
             group_self_play=grouped,
             kl_credit=self.kl_credit,
         )
-        scored = time.perf_counter()
+        self._scored = scored = time.perf_counter()
 
         logged: dict[str, Tensor | float] = {"loss": loss.detach()}
         if self._logging_now():
@@ -373,9 +417,9 @@ class NashMP(LightningModule):
                 "judge/pairs": float(num_pairs),
                 "time/generate": generated - started,
                 "time/judge": judged - generated,
-                "time/score": scored - judged,
+                "time/score": scored - generated,
                 "tokens_per_s/generated": drawn / (generated - started),
-                "tokens_per_s/trained": num_tokens / (scored - judged),
+                "tokens_per_s/trained": num_tokens / (scored - generated),
             }
         self._log("train", logged, len(batch.prompts))
         return loss
@@ -559,6 +603,14 @@ class NashMP(LightningModule):
             raise ValueError(
                 f"trained weights are {dtypes}, which rounds small updates away; use trainer.precision: bf16-mixed"
             )
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Log the gradient's norm before clipping, and the time since the loss."""
+        if self._logging_now():
+            grads = [p.grad for p in self.player_parameters("policy") if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self._log("train", {"grad_norm": norm, "time/train": time.perf_counter() - self._scored}, 1)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then move the target: only if the optimizer really stepped (a gradient scaler may skip it)."""

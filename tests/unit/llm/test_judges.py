@@ -182,7 +182,7 @@ def prefer_longer(body: dict[str, Any], number: int) -> tuple[int, bytes]:
 
 def test_http_judge_batches_caches_and_sends_headers() -> None:
     with server(prefer_longer) as (url, requests):
-        judge = HTTPJudge(url, headers={"Authorization": "Bearer x"}, batch_size=2)
+        judge = HTTPJudge(url, headers={"Authorization": "Bearer x"}, batch_size=2, concurrency=1)
         assert query_judge(judge, PROMPTS, A, B).tolist() == [0.75, 0.25, 0.75]
         assert [len(request["a"]) for request in requests] == [2, 1]
         assert requests[0]["headers"]["Authorization"] == "Bearer x"
@@ -194,6 +194,18 @@ def test_http_judge_batches_caches_and_sends_headers() -> None:
         small = HTTPJudge(url, cache_size=1)
         assert small(PROMPTS, A, B).tolist() == [0.75, 0.25, 0.75]
         assert len(small._cache) == 1
+
+
+def test_http_judge_asks_several_at_a_time_and_keeps_their_order() -> None:
+    together = threading.Barrier(3)
+
+    def reply(body: dict[str, Any], number: int) -> tuple[int, bytes]:
+        together.wait(timeout=60)  # breaks if requests come one by one
+        return prefer_longer(body, number)
+
+    with server(reply) as (url, _):
+        judge = HTTPJudge(url, batch_size=1, concurrency=3, retries=0)
+        assert query_judge(judge, PROMPTS, A, B).tolist() == [0.75, 0.25, 0.75]
 
 
 @pytest.mark.parametrize("fault", [(500, b""), (429, b""), (200, b"<html>"), (0, b"")])

@@ -28,7 +28,7 @@ ARCHITECTURES: list[dict[str, Any]] = [
     {"model_type": "gpt2", **SMALL, "n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 64},
     {"model_type": "qwen2", **SMALL, **ATTENTION, "num_key_value_heads": 1, "tie_word_embeddings": True},
     {"model_type": "gemma2", **SMALL, **ATTENTION, "num_key_value_heads": 1, "head_dim": 8,
-     "final_logit_softcapping": 0.5},
+     "final_logit_softcapping": 0.5, "sliding_window": 3},
     {"model_type": "granite", **SMALL, **ATTENTION, "num_key_value_heads": 1, "logits_scaling": 4.0},
     {"model_type": "cohere", **SMALL, **ATTENTION, "num_key_value_heads": 1, "logit_scale": 0.3},
     {"model_type": "gpt_neox", **SMALL, **ATTENTION},
@@ -52,24 +52,69 @@ def direct(model: LanguageModel, prompt: Tensor, response: Tensor) -> Tensor:
     return (logits / model.temperature).log_softmax(-1).gather(1, response.unsqueeze(1)).squeeze(1)
 
 
+def padded(prompts: list[Tensor], responses: list[Tensor]) -> tuple[EncodedPrompts, Tensor, Tensor]:
+    """Prompts, responses and their mask."""
+    left, right = max(map(len, prompts)), max(map(len, responses)) + 1
+    encoded = EncodedPrompts(
+        torch.stack([nn.functional.pad(row, (left - len(row), 0)) for row in prompts]),
+        torch.stack([nn.functional.pad(torch.ones_like(row), (left - len(row), 0)) for row in prompts]),
+    )
+    tokens = torch.stack([nn.functional.pad(row, (0, right - len(row))) for row in responses])
+    mask = torch.stack([nn.functional.pad(torch.ones_like(row), (0, right - len(row))) for row in responses]).bool()
+    return encoded, tokens, mask
+
+
+PROMPTS = [torch.tensor(row) for row in ([3, 4, 5, 6], [7], [8, 9])]
+RESPONSES = [torch.tensor(row) for row in ([5, 1], [6, 7, 8, 2, 1], [9, 1], [1], [4, 4, 1], [3, 2])]
+
+
 @pytest.mark.parametrize("fields", ARCHITECTURES, ids=[fields["model_type"] for fields in ARCHITECTURES])
-@pytest.mark.parametrize("micro_batch_size", [None, 2])
-def test_scores_do_not_depend_on_padding_or_batching(fields: dict[str, Any], micro_batch_size: int | None) -> None:
+@pytest.mark.parametrize("micro_batch_size", [None, 2, 3])
+@pytest.mark.parametrize("num", [1, 2])
+def test_scores_do_not_depend_on_padding_or_batching(
+    fields: dict[str, Any], micro_batch_size: int | None, num: int
+) -> None:
     model = build(fields)
     assert model.chunked
-    prompts = [torch.tensor(row) for row in ([3, 4, 5, 6], [7], [8, 9])]
-    responses = [torch.tensor(row) for row in ([5, 1], [6, 7, 8, 2, 1], [9, 1])]
-    encoded = EncodedPrompts(
-        torch.stack([nn.functional.pad(row, (4 - len(row), 0)) for row in prompts]),
-        torch.stack([nn.functional.pad(torch.ones_like(row), (4 - len(row), 0)) for row in prompts]),
-    )
-    tokens = torch.stack([nn.functional.pad(row, (0, 6 - len(row))) for row in responses])
-    mask = torch.stack([nn.functional.pad(torch.ones_like(row), (0, 6 - len(row))) for row in responses]).bool()
+    assert model.shares_prompts
+    responses = RESPONSES[: num * len(PROMPTS)]
+    encoded, tokens, mask = padded(PROMPTS, responses)
     logps, entropy = model.score(encoded, tokens, mask, micro_batch_size=micro_batch_size)
     assert (logps[~mask] == 0).all()
     assert (entropy[mask] > 0).all()
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        torch.testing.assert_close(logps[row, : len(response)], direct(model, prompt, response), atol=1e-4, rtol=0)
+    for row, response in enumerate(responses):
+        expected = direct(model, PROMPTS[row // num], response)
+        torch.testing.assert_close(logps[row, : len(response)], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fields", ARCHITECTURES, ids=[fields["model_type"] for fields in ARCHITECTURES])
+def test_prompts_are_read_once_with_the_same_gradient(fields: dict[str, Any]) -> None:
+    model = build(fields)
+    encoded, tokens, mask = padded(PROMPTS, RESPONSES)
+    read: list[int] = []
+    embeddings = model.base.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+
+    def gradients() -> list[Tensor]:
+        read.clear()
+        weights = torch.linspace(-1.0, 1.0, mask.numel()).view(mask.shape)
+        loss = (model.score(encoded, tokens, mask)[0] * weights).sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return [grad for grad in grads if grad is not None]
+
+    shared = gradients()
+    assert sum(read) == 3 * 4 + 6 * 4
+    model.shares_prompts = False
+    alone = gradients()
+    assert sum(read) == 6 * (4 + 4)
+    for one, other in zip(shared, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_caches_that_are_no_plain_keys_and_values_are_not_shared() -> None:
+    lm = load_causal_lm(LLAMA)
+    lm.config.layer_types = ["linear_attention", "full_attention"]
+    assert not LanguageModel(lm).shares_prompts
 
 
 def test_micro_batches_give_the_same_gradient() -> None:

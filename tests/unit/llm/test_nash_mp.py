@@ -1,4 +1,5 @@
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -291,12 +292,89 @@ def test_metrics_are_logged_with_masks(tmp_path: Path) -> None:
     names = {
         "loss", "kl/ref", "kl/ref_k3", "kl/target", "entropy", "preference/spread", "win_rate/opponent", "length/mean",
         "eos_rate", "judge/pairs", "time/generate", "time/judge", "time/score", "tokens_per_s/generated",
-        "tokens_per_s/trained",
+        "tokens_per_s/trained", "grad_norm", "time/train",
     }  # fmt: skip
     assert names <= {name.removeprefix("train/") for name in fit.callback_metrics}
     assert fit.callback_metrics["train/kl/ref"] == 0
     assert 0 < fit.callback_metrics["train/entropy"] <= math.log(20)
     assert {"val/kl/ref", "val/entropy", "val/length/mean", "val/eos_rate"} <= set(fit.callback_metrics)
+
+
+def test_metrics_are_made_at_logging_steps_only(tmp_path: Path) -> None:
+    seen: list[set[str]] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(set(trainer.logged_metrics))
+
+    fit = trainer(tmp_path, 2, log_every_n_steps=2, callbacks=[Watch()])
+    fit.fit(build(), prompts())
+    assert seen[0] == {"train/loss"}
+    assert {"train/loss", "train/entropy", "train/grad_norm"} <= seen[1]
+
+
+def test_the_judge_answers_while_the_frozen_players_score() -> None:
+    module = build()
+    scoring = threading.Event()
+    score = module._score
+
+    def watched(name: str, *arguments: Any) -> Any:
+        scoring.set()
+        return score(name, *arguments)
+
+    def judge(prompts: Any, a: Any, b: Any) -> list[float]:
+        assert scoring.wait(timeout=60), "nobody scored before the judge had answered"
+        return [0.5] * len(a)
+
+    module._score, module.judge = watched, judge  # type: ignore[method-assign,assignment]
+    module.training_step(BATCH, 0)
+    module.judge = lambda *_: [2.0]
+    with pytest.raises(ValueError, match="shape"):  # its errors arrive
+        module.training_step(BATCH, 0)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_reference_from_another_folder(tmp_path: Path, lora: dict[str, Any] | None) -> None:
+    path = save_tiny(tmp_path / "other")
+    module = build(lora=lora, reference=path, offload_reference=True)
+    other = build(model=path, tokenizer=None)
+    encoded = module.encode(list(PROMPTS))
+    tokens = torch.randint(2, 20, (len(PROMPTS), 4))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+
+    def scores(module: NashMP, name: str) -> Tensor:
+        with torch.no_grad():
+            return module._score(name, encoded, tokens, mask)[0]
+
+    assert torch.equal(scores(module, "reference"), scores(other, "policy"))
+    assert not torch.allclose(scores(module, "policy"), scores(other, "policy"), atol=0.1)
+    assert torch.equal(scores(module, "policy"), scores(module, "target"))
+    module.restart_from_policy()  # a warm-up makes no other reference
+    assert torch.equal(scores(module, "reference"), scores(other, "policy"))
+    trainer(tmp_path, 2).fit(module, prompts())
+    assert torch.equal(scores(module, "reference"), scores(other, "policy"))
+
+
+def test_reference_in_another_type_waits_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build(reference_dtype="bfloat16", offload_reference=True)
+    reference = module.frozen["reference"]
+    assert {parameter.dtype for parameter in reference.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in module.player_parameters("target")} == {torch.float32}
+    moves: list[Any] = []
+    monkeypatch.setattr(reference, "to", lambda device: moves.append(device) or reference)
+    module.training_step(BATCH, 0)
+    assert moves == [module.device, "cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_compiled_blocks_take_the_same_steps(tmp_path: Path, lora: dict[str, Any] | None) -> None:
+    plain, compiled = build(lora=lora), build(lora=lora, torch_compile=True)
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+    for module in (plain, compiled):
+        trainer(tmp_path, 3).fit(module, prompts())
+    for one, two in zip(weights(plain, "policy"), weights(compiled, "policy"), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
 
 
 def test_base_weights_stay_out_of_checkpoints_only_if_they_can_be_loaded_again(tmp_path: Path) -> None:
@@ -377,6 +455,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         ({"load_in_4bit": True}, "load_in_4bit needs lora"),
         ({"lora": {"lora_dropout": 0.1}}, "lora_dropout must be 0"),
         ({"lora": {"modules_to_save": ["lm_head"]}}, "adapters only"),
+        ({"lora": LORA, "offload_reference": True}, "set reference"),
+        ({"lora": LORA, "reference_dtype": "bfloat16"}, "set reference"),
         ({"tokenizer": None}, "tokenizer must be given"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],
