@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--sharded", action="store_true")
     parser.add_argument("--sgd", action="store_true")
     parser.add_argument("--no-warmup", action="store_true")
+    parser.add_argument("--saving", action="store_true", help="with what the recipe for many GPUs saves memory by")
+    parser.add_argument("--precision", default="32-true")
     parser.add_argument("--kill_at", type=int)
     parser.add_argument("--resume", type=Path)
     args = parser.parse_args()
@@ -86,6 +88,9 @@ def main() -> None:
         inner_steps=2 if args.mode == "mirror_prox" else None,
         lora=None if args.full else LORA,
         max_new_tokens=5,
+        gradient_checkpointing=args.saving,
+        micro_batch_size=3 if args.saving else None,
+        warmup_steps=3 if args.saving else 0,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.05) if args.sgd else torch.optim.Adam(params, lr=3e-3),
     )
     rows = [{"prompt": f"{prompt} w{i}", "response": "w3 w4"} for prompt in PROMPTS for i in range(4)]
@@ -100,7 +105,8 @@ def main() -> None:
         use_distributed_sampler=False,
         val_check_interval=2,
         callbacks=[ExactResume(), *warmup, WinRate(), watch, checkpoint],
-        gradient_clip_val=None if args.sgd else 1.0,
+        gradient_clip_val=None if args.sgd and not args.saving else 1.0,
+        precision=args.precision,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

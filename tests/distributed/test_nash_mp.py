@@ -75,13 +75,23 @@ def check_ranks(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> No
     assert 0 < first[-1]["val"]["val/win_rate/reference"] < 1
 
 
-def test_sharded_weights_take_the_same_steps_as_ddp(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [["--saving"], pytest.param([], marks=pytest.mark.slow)])
+def test_sharded_weights_take_the_same_steps_as_ddp(tmp_path: Path, settings: list[str]) -> None:
     """FSDP2 on two gloo ranks, against DDP: other order of sums, same draws. SGD, since Adam makes noise into steps."""
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
-    assert start(ddp, 2, "--full", "--no-warmup", "--sgd") == [0, 0], (ddp / "output0.txt").read_text()
-    assert start(fsdp, 2, "--full", "--no-warmup", "--sgd", "--sharded") == [0, 0], (fsdp / "output0.txt").read_text()
+    options = ["--full", "--no-warmup", "--sgd", *settings]
+    assert start(ddp, 2, *options) == [0, 0], (ddp / "output0.txt").read_text()
+    assert start(fsdp, 2, *options, "--sharded") == [0, 0], (fsdp / "output0.txt").read_text()
     for rank in range(2):
+        assert len(steps(fsdp, rank)) == STEPS
         for one, other in zip(steps(ddp, rank), steps(fsdp, rank), strict=True):
             assert one["draws"] == other["draws"]
             for name in ("policy", "target"):
                 assert float.fromhex(one[name]) == pytest.approx(float.fromhex(other[name]), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_sharded_weights_in_mixed_precision(tmp_path: Path) -> None:
+    options = ["--full", "--no-warmup", "--saving", "--sharded", "--precision=bf16-mixed"]
+    assert start(tmp_path, 2, *options) == [0, 0], (tmp_path / "output0.txt").read_text()
+    check_ranks(*(steps(tmp_path, rank) for rank in range(2)))

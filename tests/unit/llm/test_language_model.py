@@ -112,9 +112,14 @@ def test_prompts_are_read_once_with_the_same_gradient(fields: dict[str, Any]) ->
 
 
 def test_caches_that_are_no_plain_keys_and_values_are_not_shared() -> None:
-    lm = load_causal_lm(LLAMA)
-    lm.config.layer_types = ["linear_attention", "full_attention"]
-    assert not LanguageModel(lm).shares_prompts
+    model = build({"model_type": "lfm2", **SMALL, **ATTENTION, "num_hidden_layers": 2, "num_key_value_heads": 1,
+                   "layer_types": ["conv", "full_attention"]})  # fmt: skip
+    assert model.chunked
+    assert not model.shares_prompts
+    encoded, tokens, mask = padded(PROMPTS[:1], RESPONSES[:2])
+    logps, _ = model.score(encoded, tokens, mask)
+    torch.testing.assert_close(logps[1, :5], direct(model, PROMPTS[0], RESPONSES[1]), atol=1e-4, rtol=0)
+    logps.sum().backward()
 
 
 def test_micro_batches_give_the_same_gradient() -> None:

@@ -13,6 +13,7 @@ from tests.unit.llm.tiny import WORDS, more_low_words
 
 RECIPES = Path(__file__).parents[3] / "recipes" / "nash_mp"
 EXPECTED = {"paper_qwen2.5-1.5b_lora": 1_543_714_304, "paper_gemma2-2b_multi_gpu": 2_614_341_888}
+EXPECTED["paper_gemma2-2b_fsdp2"] = EXPECTED["paper_gemma2-2b_multi_gpu"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
