@@ -62,6 +62,7 @@ OURS: dict[str, dict[str, Any]] = {
     "Nash-MD-PG (mixture 0.125)": {"eta": math.inf, "opponent": "mixture"},
     "best response to reference": {"eta": math.inf, "opponent": "reference"},
 }
+BASELINE = "Nash Prox (group)"
 THEIRS = ("TRL OnlineDPO (ipo)", "TRL RLOO", "TRL GRPO")
 
 
@@ -260,9 +261,8 @@ def one(name: str, game: str, folder: str, seed: int, steps: int) -> dict[str, f
     }  # fmt: skip
 
 
-def compare(game: str, steps: int, seeds: list[int]) -> None:
-    """The table of all methods over all seeds, one process per training."""
-    names = [*OURS, *(THEIRS if harness.peer("trl") is not None else ())]
+def compare(game: str, steps: int, seeds: list[int], names: list[str]) -> None:
+    """The table of methods over all seeds, one process per training."""
     collected: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn, seed in enumerate(seeds):
         shift = turn * 2 % len(names)
@@ -279,7 +279,7 @@ def compare(game: str, steps: int, seeds: list[int]) -> None:
 
 def write(game: str, collected: dict[str, list[dict[str, float]]], steps: int) -> None:
     """Save the table of what has run so far."""
-    base = collected["Nash Prox (group)"]
+    base = collected[BASELINE]
     rows: list[harness.Row] = []
     for name, runs in collected.items():
         speed = sorted(ours["generated"] / run["generated"] for run, ours in zip(runs, base, strict=True))
@@ -348,6 +348,7 @@ def main() -> None:
     parser.add_argument("--game", choices=["tiny", "larger"], help="only this one")
     parser.add_argument("--steps", type=int, help="default: 200 in the tiny game, 10 in the larger one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", choices=[*OURS, *THEIRS], nargs="+", help=f"{BASELINE!r} and others; default: all")
     parser.add_argument("--head", choices=["nothing", "plain", "chunked"])
     parser.add_argument("--only-head", action="store_true")
     parser.add_argument("--one", choices=[*OURS, *THEIRS], help="a single training")
@@ -362,8 +363,9 @@ def main() -> None:
     else:
         if not arguments.game:
             head_memory()
+        names = arguments.methods or [*OURS, *(THEIRS if harness.peer("trl") is not None else ())]
         for game in () if arguments.only_head else [arguments.game] if arguments.game else ["larger", "tiny"]:
-            compare(game, arguments.steps or {"tiny": 200, "larger": 10}[game], arguments.seeds)
+            compare(game, arguments.steps or {"tiny": 200, "larger": 10}[game], arguments.seeds, names)
 
 
 if __name__ == "__main__":
