@@ -66,7 +66,7 @@ class NashMP(LightningModule):
     without, they are frozen copies. The model is built in ``configure_model``. Batches are
     :class:`~lit_methods.batches.PromptBatch`. Randomness is a function of (``seed``, rank, number of batches seen).
     Dropout is switched off, because sampling and scoring must see one policy. The judge answers in a thread of its own
-    while reference and target score: its waiting costs nothing. Runs on one device, under DDP, and, for
+    while reference and target score. Runs on one device, under DDP, and, for
     full fine-tuning, under ``ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)`` (FSDP2: policy and
     frozen copies are sharded over the ranks).
 
@@ -113,7 +113,7 @@ class NashMP(LightningModule):
         attn_implementation: see ``transformers``.
         gradient_checkpointing: recompute activations layer by layer.
         load_in_4bit: NF4 base weights by bitsandbytes (CUDA, LoRA only).
-        torch_compile: compile the decoder blocks; pays on GPUs and for long runs.
+        torch_compile: compile the decoder blocks, see ``torch.compile``.
         micro_batch_size: responses per scoring pass; limits memory, costs a second forward pass.
         logprob_chunk_size: response tokens per pass through the language-model head.
         sampler: who draws responses; default: :class:`~lit_methods.llm.sampling.LocalSampler`.
