@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -87,13 +88,19 @@ class ImitationDataModule(TensorDataModule):
     def setup(self, stage: str) -> None:
         """Check the environment's spaces; rounds are played when loaders are asked for."""
         self._make(1).close()
+        if stage == "fit":
+            self.played, self.train_data = -1, None
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Play this epoch's round, unless a checkpoint brought it, and return a loader over the data."""
         current = 0 if self.trainer is None else self.trainer.current_epoch
+        if self.trainer is not None and self.trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                "the first round is all that will be played: set Trainer(reload_dataloaders_every_n_epochs=1)"
+            )
         if self.played != current:
             new = self.play(current)
-            old = self.train_data if self.aggregate and self.played >= 0 else None
+            old = self.train_data if self.aggregate else None
             self.train_data = new if old is None else ImitationBatch(*map(torch.cat, zip(old, new, strict=True)))
             self.played = current
         if self.whole_rounds:
@@ -127,7 +134,8 @@ class ImitationDataModule(TensorDataModule):
         settings = ("env", "samples_per_round", "num_envs", "beta", "beta_decay", "aggregate", "seed", "num_workers")
         shared: dict[str, Any] = {name: getattr(self, name) for name in settings}
         data = [] if self.train_data is None else list(self.train_data)
-        return {**shared, "whole_rounds": self.whole_rounds, "played": self.played, "data": data}
+        shared["batch_size"] = None if self.whole_rounds else self.batch_size
+        return {**shared, "played": self.played, "data": data}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the data; refuse to resume training with other settings."""

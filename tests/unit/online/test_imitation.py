@@ -32,7 +32,7 @@ def make_trainer(folder: Path | None = None, epochs: int = 4, **options) -> Trai
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     quiet |= {"use_distributed_sampler": False, "reload_dataloaders_every_n_epochs": 1, "num_sanity_val_steps": 0}
     if folder is None:
-        return Trainer(**quiet, enable_checkpointing=False, max_epochs=epochs, **options)
+        return Trainer(**quiet | options, enable_checkpointing=False, max_epochs=epochs)
     saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     return Trainer(**quiet, max_epochs=epochs, callbacks=[ExactResume(), saves], **options)
 
@@ -87,6 +87,21 @@ def test_aggregation_keeps_earlier_rounds() -> None:
         make_trainer(epochs=3, limit_val_batches=0).fit(make_module(), data)
         sizes[aggregate] = len(data.train_data.observations)
     assert sizes == {False: 30, True: 90}
+
+
+def test_a_second_fit_plays_its_own_rounds_and_a_trainer_that_never_reloads_is_told() -> None:
+    data = make_data(aggregate=True)
+    for _ in range(2):
+        make_trainer(epochs=1, limit_val_batches=0).fit(make_module(), data)
+        assert len(data.train_data.observations) == 30
+    with pytest.warns(UserWarning, match="reload_dataloaders_every_n_epochs=1"):
+        make_trainer(epochs=1, limit_val_batches=0, reload_dataloaders_every_n_epochs=0).fit(make_module(), data)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path) -> None:
+    make_trainer(tmp_path, epochs=1).fit(make_module(), make_data())
+    with pytest.raises(ValueError, match=r"with beta=0.0 \(now 0.5\)"):
+        make_trainer(epochs=2).fit(make_module(), make_data(beta=0.5), ckpt_path=str(tmp_path / "step=1.ckpt"))
 
 
 def test_whole_episodes_count_the_learners_reward() -> None:
