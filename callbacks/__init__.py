@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lit_methods.callbacks.result_table import ResultTable
     from lit_methods.callbacks.sample_table import SampleTable
     from lit_methods.callbacks.sft_warmup import SFTWarmup
+    from lit_methods.callbacks.surrogate_monitor import SurrogateMonitor
+    from lit_methods.callbacks.target_capture import TargetCapture
     from lit_methods.callbacks.win_rate import WinRate
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "ResultTable",
     "SFTWarmup",
     "SampleTable",
+    "SurrogateMonitor",
+    "TargetCapture",
     "WinRate",
 ]
 
@@ -56,6 +60,8 @@ __getattr__, __dir__ = lazy_exports(
         "ResultTable": "result_table",
         "SFTWarmup": "sft_warmup",
         "SampleTable": "sample_table",
+        "SurrogateMonitor": "surrogate_monitor",
+        "TargetCapture": "target_capture",
         "WinRate": "win_rate",
     },
 )

@@ -5,10 +5,14 @@ from typing import TYPE_CHECKING
 from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from lit_methods.datamodules.breast_cancer import BreastCancerDataModule
     from lit_methods.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
     from lit_methods.datamodules.d4rl import D4RLDataModule
     from lit_methods.datamodules.digits import DigitsDataModule
     from lit_methods.datamodules.glue import GLUEDataModule
+    from lit_methods.datamodules.imitation import ImitationDataModule
+    from lit_methods.datamodules.libsvm import LibSVMDataModule
+    from lit_methods.datamodules.matrix_factorization import MatrixFactorizationDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
     from lit_methods.datamodules.prompts import PromptDataModule
     from lit_methods.datamodules.recordings import save_minari, save_transitions_hdf5
@@ -19,13 +23,17 @@ if TYPE_CHECKING:
     from lit_methods.datamodules.word_game import WordGameDataModule
 
 __all__ = [
+    "BreastCancerDataModule",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
     "D4RLDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "GLUEDataModule",
+    "ImitationDataModule",
+    "LibSVMDataModule",
     "MNISTDataModule",
+    "MatrixFactorizationDataModule",
     "PromptDataModule",
     "ReplayDataModule",
     "RolloutDataModule",
@@ -39,13 +47,17 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "BreastCancerDataModule": "breast_cancer",
         "CIFAR100DataModule": "cifar",
         "CIFAR10DataModule": "cifar",
         "D4RLDataModule": "d4rl",
         "DigitsDataModule": "digits",
         "FashionMNISTDataModule": "mnist",
         "GLUEDataModule": "glue",
+        "ImitationDataModule": "imitation",
+        "LibSVMDataModule": "libsvm",
         "MNISTDataModule": "mnist",
+        "MatrixFactorizationDataModule": "matrix_factorization",
         "PromptDataModule": "prompts",
         "ReplayDataModule": "replay",
         "RolloutDataModule": "rollouts",

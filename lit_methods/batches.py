@@ -183,3 +183,19 @@ class EpisodeBatch(NamedTuple):
 
     returns: Tensor
     lengths: Tensor
+
+
+class ImitationBatch(NamedTuple):
+    """States that a behaviour policy visited, with the expert's actions there.
+
+    Attributes:
+        observations: ``(batch, observation_size)`` float32.
+        actions: the expert's actions, ``(batch, action_size)`` float32, before they are made valid for the environment.
+        rewards: what the behaviour policy got for its own action, ``(batch,)`` float32.
+        ends: whether an episode ended with that action, ``(batch,)`` bool.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    ends: Tensor

@@ -1,7 +1,9 @@
 """The few networks that recipes need."""
 
 from itertools import pairwise
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,6 +15,7 @@ class MLP(nn.Sequential):
         hidden_features: width of each hidden layer; empty for a linear model.
         out_features: number of outputs.
         activation: name of a ``torch.nn`` activation class without required arguments, such as ``"ReLU"``.
+        bias: whether the layers have biases.
 
     Shape:
         ``(batch, ...)`` with ``in_features`` values per example -> ``(batch, out_features)``.
@@ -22,7 +25,12 @@ class MLP(nn.Sequential):
     """
 
     def __init__(
-        self, in_features: int, hidden_features: list[int], out_features: int, activation: str = "ReLU"
+        self,
+        in_features: int,
+        hidden_features: list[int],
+        out_features: int,
+        activation: str = "ReLU",
+        bias: bool = True,
     ) -> None:
         widths = [in_features, *hidden_features, out_features]
         if min(widths) < 1:
@@ -31,12 +39,64 @@ class MLP(nn.Sequential):
             raise ValueError(f"activation must name a torch.nn class such as 'ReLU' or 'Tanh', got {activation!r}")
         layers: list[nn.Module] = [nn.Flatten()]
         for fan_in, fan_out in pairwise(widths[:-1]):
-            layers += [nn.Linear(fan_in, fan_out), getattr(nn, activation)()]
-        super().__init__(*layers, nn.Linear(widths[-2], out_features))
+            layers += [nn.Linear(fan_in, fan_out, bias), getattr(nn, activation)()]
+        super().__init__(*layers, nn.Linear(widths[-2], out_features, bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, ...)`` to ``(batch, out_features)``."""
         return super().forward(x)
+
+
+class LinearFeedback(nn.Module):
+    """A fixed linear controller ``u = -K x``, for example the expert of an imitation experiment.
+
+    Args:
+        gain: K, one row of ``in_features`` numbers for each action.
+
+    Shape:
+        ``(batch, in_features)`` -> ``(batch, actions)``.
+
+    Raises:
+        ValueError: ``gain`` is no matrix.
+    """
+
+    gain: Tensor
+
+    def __init__(self, gain: list[list[float]]) -> None:
+        super().__init__()
+        if not gain or not gain[0] or any(len(row) != len(gain[0]) for row in gain):
+            raise ValueError(f"gain must be a matrix, got {gain}")
+        self.register_buffer("gain", torch.tensor(gain, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map states to actions."""
+        return -x @ self.gain.T
+
+
+class PretrainedNetwork(nn.Module):
+    """A frozen network with weights from a file, for example a trained expert.
+
+    Args:
+        network: the architecture.
+        checkpoint: a file that ``torch.save(network.state_dict(), ...)`` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: the file is of another architecture.
+    """
+
+    def __init__(self, network: nn.Module, checkpoint: str) -> None:
+        super().__init__()
+        if not Path(checkpoint).is_file():
+            raise FileNotFoundError(
+                f"PretrainedNetwork lacks {checkpoint}: train the network, and torch.save(network.state_dict(), path)"
+            )
+        network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the network does."""
+        return self.network(x)
 
 
 class CIFARResNet(nn.Sequential):

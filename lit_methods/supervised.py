@@ -1,4 +1,6 @@
-"""Plain supervised learning: the LightningModule that the optimizer recipes share."""
+"""Plain supervised learning: the LightningModule that the optimizer recipes share, and SSO's by target closures."""
+
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,8 +12,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_methods.batches import SupervisedBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.optim import SSO
 
-__all__ = ["SupervisedModule"]
+__all__ = ["SSOModule", "SupervisedModule"]
 
 
 class SupervisedModule(LightningModule):
@@ -101,6 +104,67 @@ class SupervisedModule(LightningModule):
         metrics.update(outputs, y)
         self.log(f"{stage}/loss", self.loss(outputs, y), sync_dist=True, batch_size=len(y))
         self.log_dict(metrics)
+
+
+class SSOModule(SupervisedModule):
+    """Supervised learning with :class:`~lit_methods.optim.SSO` by target closures (manual optimization).
+
+    The network's outputs are the targets, ``loss`` is evaluated on them once for each step (``rule="armijo"``: once
+    more for each trial). To put SSO under a module that has an ordinary ``training_step``, use
+    :class:`~lit_methods.callbacks.TargetCapture` instead. Logs the same as :class:`SupervisedModule`.
+
+    Args:
+        network: as in :class:`SupervisedModule`. Running statistics (batch normalisation) move once in each step.
+        num_classes: as there.
+        loss: as there; a mean over examples, unless ``optimizer`` is told of another reduction.
+        metrics: as there.
+        optimizer: builds the SSO; default: 1/L of the cross-entropy and ten inner steps.
+        lr_scheduler: builds a scheduler of η, stepped once an epoch.
+
+    Raises:
+        ValueError: ``num_classes`` is below 2.
+        TypeError: in ``configure_optimizers``: ``optimizer`` does not build an SSO, or the scheduler needs a metric.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int | None = None,
+        loss: nn.Module | None = None,
+        metrics: dict[str, Metric] | None = None,
+        optimizer: OptimizerCallable = lambda params: SSO(params, lr=None, loss="ce"),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(network, num_classes, loss, metrics, optimizer, lr_scheduler)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
+        """Take one step; the loss before it."""
+        x, y = batch
+        optimizer: Any = self.optimizers()
+        loss = optimizer.step(lambda: (self(x), lambda outputs: self.loss(outputs, y)))
+        self.log("train/loss", loss)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Step the schedule."""
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The injected SSO, told of the network so that its running statistics move once in each step."""
+        configured: Any = super().configure_optimizers()
+        optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+        if not isinstance(optimizer, SSO):
+            raise TypeError(
+                f"SSOModule needs an optimizer that is an SSO, got {type(optimizer).__name__}; others go with "
+                "SupervisedModule"
+            )
+        if isinstance(configured, dict) and isinstance(configured["lr_scheduler"], dict):
+            raise TypeError("SSOModule steps schedules once an epoch without a metric: choose one that needs none")
+        optimizer.capture(self.network)
+        return configured
 
 
 def _accuracy(num_classes: int) -> Metric:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_methods.batches import SupervisedBatch
@@ -29,15 +29,21 @@ from lit_methods.callbacks import (
     ResultTable,
     SampleTable,
     SFTWarmup,
+    SurrogateMonitor,
+    TargetCapture,
     WinRate,
 )
 from lit_methods.datamodules import (
+    BreastCancerDataModule,
     CIFAR10DataModule,
     CIFAR100DataModule,
     D4RLDataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
     GLUEDataModule,
+    ImitationDataModule,
+    LibSVMDataModule,
+    MatrixFactorizationDataModule,
     MNISTDataModule,
     PromptDataModule,
     ReplayDataModule,
@@ -50,12 +56,13 @@ from lit_methods.datamodules import (
 from lit_methods.games import PreferenceGame
 from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
-from lit_methods.nets import MLP
-from lit_methods.optim import MDPO, MFAC
+from lit_methods.nets import MLP, LinearFeedback
+from lit_methods.online import OnlineImitation
+from lit_methods.optim import MDPO, MFAC, SSO, ArmijoSGD
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
-from lit_methods.supervised import SupervisedModule
+from lit_methods.supervised import SSOModule, SupervisedModule
 from tests.cifar_files import write_cifar
 from tests.glue_files import write_glue
 from tests.idx_files import write_mnist
@@ -72,11 +79,14 @@ class OptimizerCase:
     arguments: Arguments
     bad: list[tuple[Arguments, str]]
     closure_calls: int = 1
+    host_syncs: bool = False  # whether the docstring declares host synchronisations
+    module_argument: str | None = None  # the constructor's name for the module that holds the parameters
     not_applicable: dict[str, str] = field(default_factory=dict)
 
-    def make(self, params: Any, **overrides: Any) -> Optimizer:
-        """Build the optimizer."""
-        return self.optimizer(params, **(self.arguments | overrides))
+    def make(self, params: Any, module: nn.Module, **overrides: Any) -> Optimizer:
+        """Build the optimizer of (some of) the module's parameters."""
+        given = {self.module_argument: module} if self.module_argument else {}
+        return self.optimizer(params, **(self.arguments | given | overrides))
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,64 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"solver": "rank2", "window_scale": "filled"}, "needs window_scale"),
         ],
     ),
+    "lit_methods.optim.SSO": OptimizerCase(
+        SSO,
+        {"lr": 0.1, "inner_steps": 3, "weight_decay": 1e-3},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lr": None, "loss": "hinge"}, "lr=None takes 1/L of loss"),
+            ({"loss": "hinge"}, "loss must be"),
+            ({"inner": "newton"}, "inner must be"),
+            ({"inner_lr": 0.0}, "inner_lr must be"),
+            ({"inner_lr": None, "inner": "sgd"}, "inner_lr must be given"),
+            ({"inner_steps": 0}, "inner_steps must be"),
+            ({"inner_tol": -1.0}, "inner_tol must be"),
+            ({"inner_armijo_c": 1.0}, "inner_armijo_c must be"),
+            ({"inner_grow": 0.5}, "inner_grow must be"),
+            ({"rule": "linear"}, "rule must be"),
+            ({"rule": "newton"}, "needs loss='bce'"),
+            ({"total_steps": None, "rule": "exponential"}, "total_steps must be"),
+            ({"rule": "armijo", "divergence": "kl"}, "needs divergence='euclidean'"),
+            ({"divergence": "bregman"}, "divergence must be"),
+            ({"armijo_c": 0.0}, "armijo_c must be"),
+            ({"armijo_decay": 1.0}, "armijo_decay must be"),
+            ({"armijo_grow": 0.5}, "armijo_grow must be"),
+            ({"eta_bounds": (1.0, 0.5)}, "eta_bounds must be"),
+            ({"adagrad_bounds": (0.0, 0.5)}, "adagrad_bounds must be"),
+            ({"newton_damping": 0.0}, "newton_damping must be"),
+            ({"reduction": "none"}, "reduction must be"),
+            ({"num_batch_dims": 0}, "num_batch_dims must be"),
+            ({"weight_decay": -0.1}, "weight_decay must be"),
+            ({"max_target_grad_norm": 0.0}, "max_target_grad_norm must be"),
+            ({"sync_every": 0}, "sync_every must be"),
+        ],
+        host_syncs=True,
+        module_argument="target_module",
+        not_applicable={
+            "check_skips_missing_gradients": (
+                "Parameters move by the targets alone, and weight decay is part of the objective; "
+                "tests/unit/optim/test_sso.py shows what stays."
+            ),
+        },
+    ),
+    "lit_methods.optim.ArmijoSGD": OptimizerCase(
+        ArmijoSGD,
+        {"lr": 0.1},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"c": 1.0}, "c must be"),
+            ({"decay": 1.0}, "decay must be"),
+            ({"grow": 0.9}, "grow must be"),
+            ({"max_trials": 0}, "max_trials must be"),
+        ],
+        closure_calls=2,
+        host_syncs=True,
+        not_applicable={
+            "check_works_with_or_refuses_a_gradient_scaler": (
+                "GradScaler refuses closures by itself, and a step without one is refused by name."
+            ),
+        },
+    ),
 }
 
 _TINY_LLAMA = {
@@ -189,6 +257,7 @@ _TINY_BERT = {
     "intermediate_size": 32,
 }
 
+_PENDULUM_EXPERT = [[-0.7, -6.8, -0.9, -1.1]]
 _PENDULUM = {"observation_size": 3, "hidden_features": [8]}
 _NETWORKS = "lit_methods.rl.networks."
 
@@ -202,6 +271,41 @@ def _off_policy(**arguments: Any) -> OffPolicyMDPO:
 
 
 MODULES: dict[str, ModuleCase] = {
+    "lit_methods.supervised.SSOModule": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.supervised.SSOModule",
+                network=_module("lit_methods.nets.MLP", in_features=64, hidden_features=[16], out_features=10),
+                num_classes=10,
+                optimizer=_module("lit_methods.optim.SSO", lr=None, loss="ce", rule="armijo", inner_steps=3),
+                lr_scheduler=_module("torch.optim.lr_scheduler.StepLR", step_size=1),
+            ),
+            "data": _module("lit_methods.datamodules.DigitsDataModule", batch_size=32),
+        },
+        make=lambda: SSOModule(MLP(64, [16], 10), num_classes=10),
+        forward_inputs=lambda: (torch.ones(2, 1, 8, 8),),
+        bad=[(lambda: SSOModule(MLP(4, [], 1), num_classes=1), "num_classes must be")],
+    ),
+    "lit_methods.online.OnlineImitation": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.online.OnlineImitation",
+                policy=_module("lit_methods.nets.MLP", in_features=4, hidden_features=[8], out_features=1),
+                optimizer=_module("lit_methods.optim.SSO", lr=0.5, inner="adam", inner_steps=3, rule="adagrad"),
+            ),
+            "data": _module(
+                "lit_methods.datamodules.ImitationDataModule",
+                env="InvertedPendulum-v5",
+                expert=_module("lit_methods.nets.LinearFeedback", gain=_PENDULUM_EXPERT),
+                samples_per_round=12,
+                eval_episodes=1,
+                batch_size=3,
+            ),
+        },
+        make=lambda: OnlineImitation(MLP(4, [8], 1)),
+        forward_inputs=lambda: (torch.ones(2, 4),),
+        bad=[],
+    ),
     "lit_methods.rl.OnPolicyMDPO": ModuleCase(
         config={
             "model": _module(
@@ -511,6 +615,17 @@ CALLBACKS: dict[str, CallbackCase] = {
             "check_state_survives_a_checkpoint": "It keeps nothing between steps: it works after training has ended."
         },
     ),
+    "lit_methods.callbacks.SurrogateMonitor": CallbackCase(
+        SurrogateMonitor, bad=[(lambda: SurrogateMonitor(every_n_steps=0), "every_n_steps must be")]
+    ),
+    "lit_methods.callbacks.TargetCapture": CallbackCase(
+        TargetCapture,
+        bad=[],
+        not_applicable={
+            "check_attaches_to_an_unrelated_module": "It refuses modules without an SSO, as its docstring says.",
+            "check_state_survives_a_checkpoint": "It connects two objects at the start and keeps nothing.",
+        },
+    ),
     "lit_methods.callbacks.ResultTable": CallbackCase(
         ResultTable,
         bad=[(lambda: ResultTable(stage="fit"), "stage must be")],
@@ -554,6 +669,18 @@ _CIFAR_ARGUMENTS: list[tuple[Arguments, str]] = [
     ({"mean": (0.5,)}, "mean=.*three numbers"),
     ({"std": (1.0, 0.0, 1.0)}, "std=.*three numbers > 0"),
 ]
+
+
+def _libsvm(folder: Path, **arguments: Any) -> LightningDataModule:
+    file = folder / "data"
+    if not file.exists():
+        file.write_text("".join(f"{1 - i % 2 * 2} {i % 5 + 1}:{i / 7:.3f} {i % 3 + 7}:1\n" for i in range(40)))
+    return LibSVMDataModule(**({"train_file": str(file), "batch_size": 4, "val_size": 6, "test_size": 5} | arguments))
+
+
+def _imitation(folder: Path, **arguments: Any) -> LightningDataModule:
+    given = {"env": "InvertedPendulum-v5", "expert": LinearFeedback(_PENDULUM_EXPERT), "batch_size": 4}
+    return ImitationDataModule(**(given | {"samples_per_round": 40, "eval_episodes": 1} | arguments))
 
 
 def _tensors(folder: Path, **arguments: Any) -> LightningDataModule:
@@ -620,6 +747,41 @@ def _d4rl(folder: Path, **arguments: Any) -> LightningDataModule:
 
 
 DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.BreastCancerDataModule": DataModuleCase(
+        lambda folder, **arguments: BreastCancerDataModule(**arguments),
+        bad=[*_LOADER_ARGUMENTS, ({"test_size": 569}, "test_size=569: must be")],
+    ),
+    "lit_methods.datamodules.LibSVMDataModule": DataModuleCase(
+        _libsvm,
+        bad=[
+            *_LOADER_ARGUMENTS,
+            ({"task": "ranking"}, "task='ranking': must be"),
+            ({"num_features": 0}, "num_features=0: must be"),
+            ({"test_size": -1}, "test_size=-1: must be"),
+        ],
+    ),
+    "lit_methods.datamodules.MatrixFactorizationDataModule": DataModuleCase(
+        lambda folder, **arguments: MatrixFactorizationDataModule(**({"batch_size": 4} | arguments)),
+        bad=[
+            *_LOADER_ARGUMENTS[:3],
+            ({"num_samples": 0}, "num_samples=0: must be"),
+            ({"in_features": 0}, "in_features=0: must be"),
+            ({"out_features": 0}, "out_features=0: must be"),
+            ({"dtype": "int8"}, "dtype='int8': must be"),
+        ],
+    ),
+    "lit_methods.datamodules.ImitationDataModule": DataModuleCase(
+        _imitation,
+        bad=[
+            *_LOADER_ARGUMENTS[:3],
+            ({"samples_per_round": 0}, "samples_per_round=0: must be"),
+            ({"num_envs": 0}, "num_envs=0: must be"),
+            ({"beta": 1.5}, "beta=1.5: must be"),
+            ({"beta_decay": -0.5}, "beta_decay=-0.5: must be"),
+            ({"actions": "round"}, "actions='round': must be"),
+            ({"eval_episodes": 0}, "eval_episodes=0: must be"),
+        ],
+    ),
     "lit_methods.datamodules.D4RLDataModule": DataModuleCase(
         _d4rl,
         bad=[
@@ -752,6 +914,10 @@ RECIPES: dict[str, RecipeCase] = {
     "nash_mp/tiny_intransitive": RecipeCase(
         ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.num_rows=64", "--data.val_size=4"]
     ),
+    "sso/digits": RecipeCase(_TINY),
+    "sso/imitation": RecipeCase(["--trainer.max_epochs=2", "--data.samples_per_round=20", "--data.eval_episodes=1"]),
+    "sso/logistic": RecipeCase(_TINY),
+    "sso/matrix_factorization": RecipeCase(_TINY),
     "matrix_sensing/asymmetric": RecipeCase(_TINY_SENSING),
     "matrix_sensing/gaussian_one_step": RecipeCase([*_TINY_SENSING, "--data.num_measurements=50"]),
     "matrix_sensing/one_step": RecipeCase(_TINY_SENSING),

@@ -20,21 +20,23 @@ STEPS = 13  # more than the window of any history-based optimizer's case, so tha
 
 
 def check_decreases_a_quadratic(case: OptimizerCase) -> None:
-    x = nn.Parameter(torch.linspace(1, 2, 10))
+    model = nn.Linear(1, 10, bias=False)
+    model.weight = nn.Parameter(torch.linspace(1, 2, 10)[:, None])
     curvature = torch.linspace(0.1, 1, 10)
-    losses = _train(case.make([x]), lambda: 0.5 * (curvature * x**2).sum(), 100)
+    optimizer = case.make(model.parameters(), model)
+    losses = _train(optimizer, lambda: 0.5 * (curvature * model(torch.ones(1, 1)) ** 2).sum(), 100)
     assert losses[-1] < 0.7 * losses[0], f"loss went from {losses[0]:.3g} to {losses[-1]:.3g} in 100 steps"
 
 
 def check_decreases_a_small_mlp_loss(case: OptimizerCase) -> None:
     model, loss = _mlp_problem()
-    losses = _train(case.make(model.parameters()), loss, 100)
+    losses = _train(case.make(model.parameters(), model), loss, 100)
     assert losses[-1] < 0.8 * losses[0], f"loss went from {losses[0]:.3g} to {losses[-1]:.3g} in 100 steps"
 
 
 def check_resumes_bit_exactly(case: OptimizerCase) -> None:
     model, loss = _mlp_problem()
-    optimizer = case.make(model.parameters())
+    optimizer = case.make(model.parameters(), model)
     _train(optimizer, loss, STEPS)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, file)
@@ -42,7 +44,7 @@ def check_resumes_bit_exactly(case: OptimizerCase) -> None:
 
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     other_model, other_loss = _mlp_problem()
-    other = case.make(other_model.parameters())
+    other = case.make(other_model.parameters(), other_model)
     other_model.load_state_dict(saved["model"])
     other.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["rng"])
@@ -54,7 +56,7 @@ def check_resumes_bit_exactly(case: OptimizerCase) -> None:
 def check_keeps_learning_rates_of_groups_apart(case: OptimizerCase) -> None:
     model, loss = _mlp_problem()
     first, last = model[0], model[-1]
-    optimizer = case.make([{"params": first.parameters()}, {"params": last.parameters(), "lr": 0.0}])
+    optimizer = case.make([{"params": first.parameters()}, {"params": last.parameters(), "lr": 0.0}], model)
     before = copy.deepcopy(model)
     _train(optimizer, loss, 3)
     assert_same(last.state_dict(), before[-1].state_dict(), "group with lr=0")
@@ -63,7 +65,7 @@ def check_keeps_learning_rates_of_groups_apart(case: OptimizerCase) -> None:
 
 def check_follows_a_learning_rate_schedule(case: OptimizerCase) -> None:
     model, loss = _mlp_problem()
-    optimizer = case.make(model.parameters())
+    optimizer = case.make(model.parameters(), model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 3 else 0.0)
     for _ in range(3):
         _train(optimizer, loss, 1)
@@ -76,7 +78,7 @@ def check_follows_a_learning_rate_schedule(case: OptimizerCase) -> None:
 def check_zero_gradients_and_zero_lr_change_nothing(case: OptimizerCase) -> None:
     """The way distributed checkpointing creates state before loading."""
     model, _ = _mlp_problem()
-    optimizer = case.make(model.parameters())
+    optimizer = case.make(model.parameters(), model)
     before = copy.deepcopy(model.state_dict())
     learning_rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -93,7 +95,7 @@ def check_zero_gradients_and_zero_lr_change_nothing(case: OptimizerCase) -> None
 def check_skips_missing_gradients(case: OptimizerCase) -> None:
     model, loss = _mlp_problem()
     unused = nn.Parameter(torch.ones(3))
-    optimizer = case.make([unused, *model.parameters()])
+    optimizer = case.make([unused, *model.parameters()], model)
     losses = _train(optimizer, loss, STEPS)
     assert torch.equal(unused.detach(), torch.ones(3)), "a parameter without gradient moved"
     assert losses[-1] < losses[0]
@@ -103,7 +105,7 @@ def check_skips_missing_gradients(case: OptimizerCase) -> None:
 
 def check_takes_groups_added_during_training(case: OptimizerCase) -> None:
     model, loss = _mlp_problem()
-    optimizer = case.make(model[0].parameters())
+    optimizer = case.make(model[0].parameters(), model)
     _train(optimizer, loss, 3)
     before = copy.deepcopy(model[-1].state_dict())
     optimizer.add_param_group({"params": list(model[-1].parameters())})
@@ -114,7 +116,7 @@ def check_takes_groups_added_during_training(case: OptimizerCase) -> None:
 
 def check_takes_named_parameters(case: OptimizerCase) -> None:
     model, loss = _mlp_problem()
-    optimizer = case.make(model.named_parameters())
+    optimizer = case.make(model.named_parameters(), model)
     _train(optimizer, loss, 2)
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == [n for n, _ in model.named_parameters()]
 
@@ -122,14 +124,14 @@ def check_takes_named_parameters(case: OptimizerCase) -> None:
 def check_works_in_float64_and_bfloat16(case: OptimizerCase) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         model, loss = _mlp_problem(dtype)
-        losses = _train(case.make(model.parameters()), loss, 30)
+        losses = _train(case.make(model.parameters(), model), loss, 30)
         assert all(p.dtype == dtype and p.isfinite().all() for p in model.parameters()), f"{dtype} parameters broke"
         assert losses[-1] < losses[0], f"no progress in {dtype}"
 
 
 def check_calls_the_closure_the_stated_number_of_times(case: OptimizerCase) -> None:
     model, loss = _mlp_problem()
-    optimizer = case.make(model.parameters())
+    optimizer = case.make(model.parameters(), model)
     calls = []
 
     def closure() -> Tensor:
@@ -148,8 +150,8 @@ def check_maximize_negates_the_loss(case: OptimizerCase) -> None:
     if "maximize" not in inspect.signature(case.optimizer).parameters:
         return
     (up, up_loss), (down, down_loss) = _mlp_problem(), _mlp_problem()
-    _train(case.make(up.parameters(), maximize=True), lambda: -up_loss(), 3)
-    _train(case.make(down.parameters()), down_loss, 3)
+    _train(case.make(up.parameters(), up, maximize=True), lambda: -up_loss(), 3)
+    _train(case.make(down.parameters(), down), down_loss, 3)
     for p, q in zip(up.parameters(), down.parameters(), strict=True):
         torch.testing.assert_close(p, q)
 
@@ -157,7 +159,7 @@ def check_maximize_negates_the_loss(case: OptimizerCase) -> None:
 def check_survives_deepcopy_and_pickle(case: OptimizerCase) -> None:
     for duplicate in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
         model, loss = _mlp_problem()
-        optimizer = case.make(model.parameters())
+        optimizer = case.make(model.parameters(), model)
         _train(optimizer, loss, 2)
         other_model, other = duplicate((model, optimizer))
         _train(optimizer, loss, 1)
@@ -166,15 +168,15 @@ def check_survives_deepcopy_and_pickle(case: OptimizerCase) -> None:
 
 
 def check_handles_or_refuses_complex_and_sparse_gradients(case: OptimizerCase) -> None:
-    z = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    wave = nn.Linear(1, 3, bias=False, dtype=torch.complex64)
     table = nn.Embedding(5, 3, sparse=True)
-    problems: dict[str, tuple[nn.Parameter, Callable[[], Tensor]]] = {
-        "complex": (z, lambda: z.abs().square().sum()),
-        "sparse": (table.weight, lambda: table(torch.tensor([1, 2])).square().sum()),
+    problems: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
+        "complex": (wave, lambda: wave(torch.ones(1, 1, dtype=torch.complex64)).abs().square().sum()),
+        "sparse": (table, lambda: table(torch.tensor([1, 2])).square().sum()),
     }
-    for kind, (p, loss) in problems.items():
+    for kind, (model, loss) in problems.items():
         try:
-            losses = _train(case.make([p]), loss, 3)
+            losses = _train(case.make(model.parameters(), model), loss, 3)
         except (RuntimeError, ValueError) as error:
             assert kind in str(error).lower(), f"{kind} gradients are refused without naming them: {error}"
         else:
@@ -183,7 +185,7 @@ def check_handles_or_refuses_complex_and_sparse_gradients(case: OptimizerCase) -
 
 def check_works_with_or_refuses_a_gradient_scaler(case: OptimizerCase) -> None:
     model, loss = _mlp_problem()
-    optimizer = case.make(model.parameters())
+    optimizer = case.make(model.parameters(), model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     before = copy.deepcopy(model.state_dict())
     for overflow in (True, False):
@@ -207,7 +209,7 @@ def check_ranks_agree_and_equal_the_joint_batch(case: OptimizerCase) -> None:
     per_rank = run_ranks(_train_under_ddp, 2, case)
     assert_same(per_rank[0], per_rank[1], "parameters of the two ranks")
     model, _ = _mlp_problem(torch.float64)
-    _train(case.make(model.parameters()), lambda: _mlp_loss(model), STEPS)
+    _train(case.make(model.parameters(), model), lambda: _mlp_loss(model), STEPS)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(per_rank[0][name], value, rtol=1e-10, atol=1e-10)
 
@@ -265,7 +267,7 @@ def _value(loss: Callable[[], Tensor]) -> float:
 def _train_under_ddp(rank: int, case: OptimizerCase) -> dict[str, Any]:
     torch.manual_seed(rank)  # ranks must agree although their global generators differ
     model, _ = _mlp_problem(torch.float64)
-    optimizer = case.make(model.parameters())
+    optimizer = case.make(model.parameters(), model)
     replica = nn.parallel.DistributedDataParallel(model)
     _train(optimizer, lambda: _mlp_loss(replica, slice(rank, None, 2)), STEPS)
     return model.state_dict()

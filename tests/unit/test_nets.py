@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_methods.nets import MLP, CIFARResNet, WideResNet
+from lit_methods.nets import MLP, CIFARResNet, LinearFeedback, PretrainedNetwork, WideResNet
 
 
 def test_mlp_is_the_stated_chain_of_layers() -> None:
@@ -70,3 +70,21 @@ def test_wide_resnet_runs_and_drops_out() -> None:
 def test_resnets_refuse_bad_arguments(build, message) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_networks_without_biases() -> None:
+    assert [name for name, _ in MLP(4, [3], 2, bias=False).named_parameters()] == ["1.weight", "3.weight"]
+
+
+def test_linear_feedback() -> None:
+    assert LinearFeedback([[1.0, 2.0]])(torch.tensor([[1.0, 1.0], [0.0, 3.0]])).tolist() == [[-3.0], [-6.0]]
+
+
+def test_pretrained_network_is_frozen_and_names_missing_files(tmp_path) -> None:
+    trained = MLP(4, [3], 2)
+    torch.save(trained.state_dict(), tmp_path / "expert.pt")
+    loaded = PretrainedNetwork(MLP(4, [3], 2), str(tmp_path / "expert.pt"))
+    torch.testing.assert_close(loaded(torch.ones(1, 4)), trained(torch.ones(1, 4)).detach())
+    assert not any(p.requires_grad for p in loaded.parameters())
+    with pytest.raises(FileNotFoundError, match=r"lacks nowhere.pt"):
+        PretrainedNetwork(MLP(4, [3], 2), "nowhere.pt")

@@ -9,7 +9,7 @@ from lit_methods.batches import SupervisedBatch
 from lit_methods.datamodules import DigitsDataModule
 from lit_methods.datamodules.tensors import TensorDataModule
 from lit_methods.nets import MLP
-from lit_methods.supervised import SupervisedModule
+from lit_methods.supervised import SSOModule, SupervisedModule
 
 
 def quiet_trainer(**arguments) -> Trainer:
@@ -68,3 +68,24 @@ def test_direct_build_loads_from_checkpoint_when_given_its_network_again(tmp_pat
     loaded = SupervisedModule.load_from_checkpoint(tmp_path / "m.ckpt", network=MLP(3, [4], 1), weights_only=True)
     x = torch.randn(5, 3)
     torch.testing.assert_close(loaded(x), module(x), rtol=0, atol=0)
+
+
+def test_sso_module_steps_schedules_and_keeps_running_statistics() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(MLP(64, [16], 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    module = SSOModule(network, num_classes=10, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
+    trainer, data = quiet_trainer(max_epochs=2), DigitsDataModule(batch_size=128)
+    trainer.fit(module, data)
+    assert int(network[1].num_batches_tracked) == trainer.global_step
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 2.0 / 4
+    (results,) = trainer.test(module, data, verbose=False)
+    assert results["test/accuracy"] > 0.8
+
+
+def test_sso_module_refuses_other_optimizers_and_schedules_with_metrics() -> None:
+    adam = SSOModule(MLP(3, [], 1), optimizer=lambda params: torch.optim.Adam(params))
+    with pytest.raises(TypeError, match="needs an optimizer that is an SSO, got Adam"):
+        adam.configure_optimizers()
+    plateau = SSOModule(MLP(3, [], 1), lr_scheduler=lambda o: ReduceLROnPlateau(o, monitor="val/loss"))
+    with pytest.raises(TypeError, match="without a metric"):
+        plateau.configure_optimizers()
