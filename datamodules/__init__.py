@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lit_methods.datamodules.recordings import save_minari, save_transitions_hdf5
     from lit_methods.datamodules.replay import ReplayDataModule
     from lit_methods.datamodules.rollouts import RolloutDataModule
+    from lit_methods.datamodules.sea import DriftingDigitsDataModule, SEADataModule
     from lit_methods.datamodules.sensing import SensingDataModule
     from lit_methods.datamodules.tensors import TensorDataModule
     from lit_methods.datamodules.word_game import WordGameDataModule
@@ -28,6 +29,7 @@ __all__ = [
     "CIFAR100DataModule",
     "D4RLDataModule",
     "DigitsDataModule",
+    "DriftingDigitsDataModule",
     "FashionMNISTDataModule",
     "GLUEDataModule",
     "ImitationDataModule",
@@ -37,6 +39,7 @@ __all__ = [
     "PromptDataModule",
     "ReplayDataModule",
     "RolloutDataModule",
+    "SEADataModule",
     "SensingDataModule",
     "TensorDataModule",
     "WordGameDataModule",
@@ -52,6 +55,7 @@ __getattr__, __dir__ = lazy_exports(
         "CIFAR10DataModule": "cifar",
         "D4RLDataModule": "d4rl",
         "DigitsDataModule": "digits",
+        "DriftingDigitsDataModule": "sea",
         "FashionMNISTDataModule": "mnist",
         "GLUEDataModule": "glue",
         "ImitationDataModule": "imitation",
@@ -61,6 +65,7 @@ __getattr__, __dir__ = lazy_exports(
         "PromptDataModule": "prompts",
         "ReplayDataModule": "replay",
         "RolloutDataModule": "rollouts",
+        "SEADataModule": "sea",
         "SensingDataModule": "sensing",
         "TensorDataModule": "tensors",
         "WordGameDataModule": "word_game",

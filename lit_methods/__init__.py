@@ -19,6 +19,7 @@ __all__ = [
     "llm",
     "metrics",
     "nets",
+    "online",
     "optim",
     "recipes",
     "rl",

@@ -199,3 +199,22 @@ class ImitationBatch(NamedTuple):
     actions: Tensor
     rewards: Tensor
     ends: Tensor
+
+
+class OnlineRound(NamedTuple):
+    """One round of online convex optimisation: the loss is the mean over its samples.
+
+    What features and targets mean depends on the loss: ``linear`` ``<features, x>`` and ``quadratic``
+    ``|x - features|^2 / 2`` use features only; all others compare ``<features, x>`` with the target (``least_squares``
+    and ``abs`` any number, ``logistic`` and ``hinge`` -1 or 1).
+
+    Attributes:
+        features: ``(samples, dim)``, floating point.
+        targets: ``(samples,)``.
+        comparator: the point of the decision set that minimises this round's expected loss, ``(dim,)``; the dynamic
+            regret is measured against it.
+    """
+
+    features: Tensor
+    targets: Tensor
+    comparator: Tensor

@@ -6,9 +6,25 @@ from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from lit_methods.optim.armijo_sgd import ArmijoSGD
+    from lit_methods.optim.constraints import Ball, Box, L1Ball, Simplex
+    from lit_methods.optim.extragradient import ExtraAdam, ExtraGradient
     from lit_methods.optim.fisher_inverse import FisherInverse, collect_gradients
+    from lit_methods.optim.implicit_omd import ImplicitOMD
     from lit_methods.optim.mdpo import MDPO, MDPOStepSize
     from lit_methods.optim.mfac import MFAC
+    from lit_methods.optim.mirror_maps import (
+        DiagonalAdaGrad,
+        Entropy,
+        Euclidean,
+        Hypentropy,
+        PNorm,
+        UnnormalizedEntropy,
+    )
+    from lit_methods.optim.optimistic_adam import OptimisticAdam
+    from lit_methods.optim.optimistic_ensemble import OptimisticEnsemble
+    from lit_methods.optim.optimistic_ftrl import OptimisticFTL, OptimisticFTRL
+    from lit_methods.optim.optimistic_newton import OptimisticOnlineNewton
+    from lit_methods.optim.optimistic_omd import OptimisticOMD
     from lit_methods.optim.schedules import PiecewiseConstantLR
     from lit_methods.optim.sso import SSO
 
@@ -17,9 +33,28 @@ __all__ = [
     "MFAC",
     "SSO",
     "ArmijoSGD",
+    "Ball",
+    "Box",
+    "DiagonalAdaGrad",
+    "Entropy",
+    "Euclidean",
+    "ExtraAdam",
+    "ExtraGradient",
     "FisherInverse",
+    "Hypentropy",
+    "ImplicitOMD",
+    "L1Ball",
     "MDPOStepSize",
+    "OptimisticAdam",
+    "OptimisticEnsemble",
+    "OptimisticFTL",
+    "OptimisticFTRL",
+    "OptimisticOMD",
+    "OptimisticOnlineNewton",
+    "PNorm",
     "PiecewiseConstantLR",
+    "Simplex",
+    "UnnormalizedEntropy",
     "collect_gradients",
 ]
 
@@ -27,12 +62,31 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "ArmijoSGD": "armijo_sgd",
+        "Ball": "constraints",
+        "Box": "constraints",
+        "DiagonalAdaGrad": "mirror_maps",
+        "Entropy": "mirror_maps",
+        "Euclidean": "mirror_maps",
+        "ExtraAdam": "extragradient",
+        "ExtraGradient": "extragradient",
         "FisherInverse": "fisher_inverse",
+        "Hypentropy": "mirror_maps",
+        "ImplicitOMD": "implicit_omd",
+        "L1Ball": "constraints",
         "MDPO": "mdpo",
         "MDPOStepSize": "mdpo",
         "MFAC": "mfac",
+        "OptimisticAdam": "optimistic_adam",
+        "OptimisticEnsemble": "optimistic_ensemble",
+        "OptimisticFTL": "optimistic_ftrl",
+        "OptimisticFTRL": "optimistic_ftrl",
+        "OptimisticOMD": "optimistic_omd",
+        "OptimisticOnlineNewton": "optimistic_newton",
+        "PNorm": "mirror_maps",
         "PiecewiseConstantLR": "schedules",
         "SSO": "sso",
+        "Simplex": "constraints",
+        "UnnormalizedEntropy": "mirror_maps",
         "collect_gradients": "fisher_inverse",
     },
 )

@@ -39,6 +39,7 @@ from lit_methods.datamodules import (
     CIFAR100DataModule,
     D4RLDataModule,
     DigitsDataModule,
+    DriftingDigitsDataModule,
     FashionMNISTDataModule,
     GLUEDataModule,
     ImitationDataModule,
@@ -48,17 +49,32 @@ from lit_methods.datamodules import (
     PromptDataModule,
     ReplayDataModule,
     RolloutDataModule,
+    SEADataModule,
     SensingDataModule,
     TensorDataModule,
     WordGameDataModule,
     save_transitions_hdf5,
 )
-from lit_methods.games import PreferenceGame
+from lit_methods.games import MatrixGame, PreferenceGame, RingGAN
 from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
 from lit_methods.nets import MLP, LinearFeedback
-from lit_methods.online import OnlineImitation
-from lit_methods.optim import MDPO, MFAC, SSO, ArmijoSGD
+from lit_methods.online import OnlineImitation, OnlineLearning
+from lit_methods.optim import (
+    MDPO,
+    MFAC,
+    SSO,
+    ArmijoSGD,
+    ExtraAdam,
+    ExtraGradient,
+    ImplicitOMD,
+    OptimisticAdam,
+    OptimisticEnsemble,
+    OptimisticFTL,
+    OptimisticFTRL,
+    OptimisticOMD,
+    OptimisticOnlineNewton,
+)
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
@@ -133,6 +149,13 @@ class RecipeCase:
 def _module(class_path: str, **init_args: Any) -> dict[str, Any]:
     return {"class_path": class_path, "init_args": init_args}
 
+
+_ADAM_ARGUMENTS: list[tuple[Arguments, str]] = [
+    ({"lr": -1.0}, "lr must be"),
+    ({"betas": (0.9, 1.0)}, "betas must be"),
+    ({"eps": 0.0}, "eps must be"),
+    ({"weight_decay": -0.1}, "weight_decay must be"),
+]
 
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.MDPO": OptimizerCase(
@@ -223,6 +246,91 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ),
         },
     ),
+    "lit_methods.optim.OptimisticOMD": OptimizerCase(
+        OptimisticOMD,
+        {"lr": 2.0, "delta": 0.1, "weight_decay": 1e-3},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"step_size": "sqrt"}, "step_size must be"),
+            ({"mirror": "lp"}, "mirror must be"),
+            ({"optimism": "next"}, "optimism must be"),
+            ({"delta": -1.0}, "delta must be"),
+            ({"grad_bound": 0.0}, "grad_bound must be"),
+            ({"strong_convexity": None, "step_size": "strongly_convex"}, "needs strong_convexity"),
+            ({"strong_convexity": -1.0}, "strong_convexity must be"),
+            ({"weight_decay": -0.1}, "weight_decay must be"),
+            ({"step_size": "adaptive", "mirror": "adagrad"}, "must be 'constant'"),
+        ],
+    ),
+    "lit_methods.optim.OptimisticOnlineNewton": OptimizerCase(
+        OptimisticOnlineNewton,
+        {"lr": 0.1, "beta": 1.0, "epsilon": 0.5},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"beta": 0.0}, "beta must be"),
+            ({"epsilon": -1.0}, "epsilon must be"),
+            ({"radius": 0.0}, "radius must be"),
+            ({"optimism": "next"}, "optimism must be"),
+            ({"weight_decay": -0.1}, "weight_decay must be"),
+            ({"max_dim": 1}, "max_dim=1 is less than the 2"),
+        ],
+    ),
+    "lit_methods.optim.OptimisticEnsemble": OptimizerCase(
+        OptimisticEnsemble,
+        {"diameter": 2.0, "grad_bound": 2.0, "smoothness": 0.5, "horizon": 400},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"diameter": 0.0}, "diameter must be"),
+            ({"grad_bound": -1.0}, "grad_bound must be"),
+            ({"smoothness": 0.0}, "smoothness must be"),
+            ({"horizon": 0}, "horizon must be"),
+            ({"step_sizes": [0.1, -0.1]}, "step_sizes must hold"),
+            ({"stability": -1.0}, "stability must be"),
+            ({"meta": "hedge"}, "meta must be"),
+            ({"weight_decay": -0.1}, "weight_decay must be"),
+        ],
+    ),
+    "lit_methods.optim.OptimisticFTRL": OptimizerCase(
+        OptimisticFTRL,
+        {"lr": 2.0, "nu": 4.0},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"nu": 0.0}, "nu must be"),
+            ({"optimism": "next"}, "optimism must be"),
+            ({"weight_decay": -0.1}, "weight_decay must be"),
+        ],
+    ),
+    "lit_methods.optim.OptimisticFTL": OptimizerCase(
+        OptimisticFTL,
+        {"strong_convexity": 1.0},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"strong_convexity": 0.0}, "strong_convexity must be"),
+            ({"optimism": "next"}, "optimism must be"),
+            ({"weight_decay": -0.1}, "weight_decay must be"),
+        ],
+    ),
+    "lit_methods.optim.ImplicitOMD": OptimizerCase(
+        ImplicitOMD,
+        {"lr": 2.0, "inner_steps": 2},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"inner_steps": 0}, "inner_steps must be"),
+            ({"grad_bound": 0.0}, "grad_bound must be"),
+            ({"weight_decay": -0.1}, "weight_decay must be"),
+        ],
+        closure_calls=4,
+    ),
+    "lit_methods.optim.OptimisticAdam": OptimizerCase(
+        OptimisticAdam, {"lr": 0.02, "weight_decay": 1e-3}, bad=[*_ADAM_ARGUMENTS]
+    ),
+    "lit_methods.optim.ExtraGradient": OptimizerCase(
+        ExtraGradient,
+        {"lr": 0.1},
+        bad=[({"lr": -1.0}, "lr must be"), ({"weight_decay": -0.1}, "weight_decay must be")],
+        closure_calls=2,
+    ),
+    "lit_methods.optim.ExtraAdam": OptimizerCase(ExtraAdam, {"lr": 0.02}, bad=[*_ADAM_ARGUMENTS], closure_calls=2),
 }
 
 _TINY_LLAMA = {
@@ -431,6 +539,40 @@ MODULES: dict[str, ModuleCase] = {
             "check_logs_without_warnings": "Without optimizer steps max_steps never ends the run.",
         },
     ),
+    "lit_methods.games.MatrixGame": ModuleCase(
+        config={"model": _module("lit_methods.games.MatrixGame", payoff=[[1.0, 0.5], [0.0, 1.0]])},
+        make=lambda: MatrixGame([[1.0, 0.5], [0.0, 1.0]]),
+        forward_inputs=tuple,
+        bad=[
+            (lambda: MatrixGame([[]]), "payoff must be"),
+            (lambda: MatrixGame([[1.0]], rounds=0), "rounds must be"),
+            (lambda: MatrixGame([[1.0]], x=[1.0, 2.0]), "x must have 1 entries"),
+            (lambda: MatrixGame([[1.0]], mixed=True, y=[0.5]), "y must be a probability vector"),
+        ],
+        not_applicable={
+            "check_runs_through_the_cli": "A game has nothing to validate or test; its recipes run fit.",
+        },
+    ),
+    "lit_methods.games.RingGAN": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.games.RingGAN",
+                hidden_features=[8],
+                batch_size=16,
+                steps_per_epoch=8,
+                optimizer=_module("lit_methods.optim.ExtraAdam", lr=1e-3),
+            )
+        },
+        make=lambda: RingGAN(hidden_features=(8,)),
+        forward_inputs=lambda: (torch.ones(2, 16),),
+        bad=[
+            (lambda: RingGAN(modes=0), "modes must be"),
+            (lambda: RingGAN(latent_dim=0), "latent_dim must be"),
+            (lambda: RingGAN(batch_size=0), "batch_size must be"),
+            (lambda: RingGAN(steps_per_epoch=0), "steps_per_epoch must be"),
+            (lambda: RingGAN(std=0.0), "std must be"),
+        ],
+    ),
     "lit_methods.llm.SequenceClassification": ModuleCase(
         config={
             "model": _module(
@@ -453,6 +595,28 @@ MODULES: dict[str, ModuleCase] = {
             (lambda: SequenceClassification({"hidden_size": 8}), "model has no model_type"),
         ],
         prepare=write_glue,
+    ),
+    "lit_methods.online.OnlineLearning": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.online.OnlineLearning",
+                dim=5,
+                loss="logistic",
+                optimizer=_module(
+                    "lit_methods.optim.OptimisticOMD",
+                    lr=2.0,
+                    constraint=_module("lit_methods.optim.Ball", radius=1.0),
+                ),
+            ),
+            "data": _module("lit_methods.datamodules.SEADataModule", kind="drift", loss="logistic", dim=5, rounds=8),
+        },
+        make=lambda: OnlineLearning(5, "logistic"),
+        forward_inputs=lambda: (torch.ones(2, 5),),
+        bad=[
+            (lambda: OnlineLearning(0), "dim must be"),
+            (lambda: OnlineLearning(2, "log"), "loss must be"),  # type: ignore[arg-type]
+            (lambda: OnlineLearning(2, radius=0.0), "radius must be"),
+        ],
     ),
     "lit_methods.supervised.SupervisedModule": ModuleCase(
         config={
@@ -863,6 +1027,34 @@ DATAMODULES: dict[str, DataModuleCase] = {
             ({"dtype": "int8"}, "dtype='int8': must be"),
         ],
     ),
+    "lit_methods.datamodules.SEADataModule": DataModuleCase(
+        lambda folder, **arguments: SEADataModule(**({"dim": 4, "rounds": 10} | arguments)),
+        bad=[
+            *_LOADER_ARGUMENTS[1:3],
+            ({"kind": "chaos"}, "kind='chaos': must be one of"),
+            ({"loss": "log"}, "loss='log': must be one of"),
+            ({"loss": "abs", "kind": "random_order"}, "loss='abs': needs loss linear"),
+            ({"dim": 1}, "dim=1: must be"),
+            ({"rounds": 0}, "rounds=0: must be"),
+            ({"noise": -0.1}, "noise=-0.1: must be"),
+            ({"drift": 0.0}, "drift=0.0: must be"),
+            ({"stages": 0}, "stages=0: must be"),
+            ({"corruption": 1.5}, "corruption=1.5: must be"),
+            ({"radius": 0.0}, "radius=0.0: must be"),
+            ({"samples_per_round": 0}, "samples_per_round=0: must be"),
+            ({"dtype": "int8"}, "dtype='int8': must be"),
+        ],
+    ),
+    "lit_methods.datamodules.DriftingDigitsDataModule": DataModuleCase(
+        lambda folder, **arguments: DriftingDigitsDataModule(**({"rounds": 10} | arguments)),
+        bad=[
+            *_LOADER_ARGUMENTS[1:3],
+            ({"rounds": 0}, "rounds=0: must be"),
+            ({"max_angle": 181.0}, "max_angle=181.0: must be"),
+            ({"period": 1}, "period=1: must be"),
+            ({"samples_per_round": 0}, "samples_per_round=0: must be"),
+        ],
+    ),
     "lit_methods.datamodules.GLUEDataModule": DataModuleCase(
         _glue,
         bad=[
@@ -923,6 +1115,21 @@ RECIPES: dict[str, RecipeCase] = {
     "matrix_sensing/one_step": RecipeCase(_TINY_SENSING),
     "matrix_sensing/symmetric": RecipeCase(_TINY_SENSING),
     "matrix_sensing/symmetric_exact": RecipeCase(_TINY_SENSING),
+    **{
+        f"optimistic_omd/{name}": RecipeCase(["--data.rounds=20", "--trainer.val_check_interval=5"])
+        for name in (
+            "adversarial",
+            "drifting_digits",
+            "dynamic",
+            "exp_concave",
+            "noiseless_drift",
+            "stochastic",
+            "strongly_convex",
+        )
+    },
+    "optimistic_omd/bilinear": RecipeCase(["--model.rounds=5"]),
+    "optimistic_omd/rock_paper_scissors": RecipeCase(["--model.rounds=5"]),
+    "optimistic_omd/ring_gan": RecipeCase(["--model.steps_per_epoch=3", "--trainer.max_epochs=1"]),
     "mfac/digits": RecipeCase(_TINY),
     "mfac/fashion_mnist": RecipeCase(
         [*_TINY, "--data.data_dir=.", "--data.val_size=8", "--data.batch_size=8"], prepare=write_mnist

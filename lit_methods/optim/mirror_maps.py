@@ -1,0 +1,210 @@
+"""Mirror maps: the geometries of online mirror descent.
+
+A map holds a point ``x`` as its mirror coordinates ``y = grad psi(x)``, in which a step of ``argmin <g, x> + B(x, x')``
+is ``y = y' - g``. What it can be constrained to exactly is in ``exact``.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_methods.optim.constraints import Ball, Box, L1Ball, Simplex
+
+__all__ = ["DiagonalAdaGrad", "Entropy", "Euclidean", "Hypentropy", "PNorm", "UnnormalizedEntropy"]
+
+SMALLEST_PROBABILITY = 1e-30
+
+
+class Euclidean:
+    """``psi = ||x||^2 / 2``: gradient steps. Exact with every set and with your own projections."""
+
+    exact: tuple[type, ...] = (Box, Ball, Simplex, L1Ball)
+    positive = False
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """The point itself."""
+        return x.clone()
+
+    def move(self, y: Tensor, g: Tensor) -> Tensor:
+        """Coordinates after a step along ``-g``."""
+        return y - g
+
+    def point(self, y: Tensor) -> Tensor:
+        """The point with coordinates ``y``."""
+        return y
+
+    def dual_square(self, g: Tensor) -> Tensor:
+        """Square of the dual norm in which gradient variation is measured."""
+        return g.square().sum()
+
+
+class Entropy(Euclidean):
+    """``psi = sum x log x`` on rows along ``dim`` that sum to 1: multiplicative weights (OMWU, with optimism).
+
+    Coordinates are log-probabilities, so no probability underflows; zeros of the starting point become 1e-30. The dual
+    norm is the largest entry of a row, and the Euclidean norm over rows.
+
+    Args:
+        dim: the dimension of the probabilities, negative.
+
+    Raises:
+        ValueError: ``dim`` is not negative.
+    """
+
+    exact = (Simplex,)
+    positive = True
+
+    def __init__(self, dim: int = -1) -> None:
+        if dim >= 0:
+            raise ValueError(f"dim must be negative (counted from the end), got {dim}")
+        self.dim = dim
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Log-probabilities."""
+        return x.clamp(min=SMALLEST_PROBABILITY).log().log_softmax(self.dim)
+
+    def move(self, y: Tensor, g: Tensor) -> Tensor:
+        """``log_softmax(y - g)``; adding a constant to ``g`` changes nothing."""
+        return (y - g).log_softmax(self.dim)
+
+    def point(self, y: Tensor) -> Tensor:
+        """Probabilities."""
+        return y.exp()
+
+    def dual_square(self, g: Tensor) -> Tensor:
+        """Sum over rows of the squared largest entry."""
+        return g.abs().amax(self.dim).square().sum()
+
+
+class UnnormalizedEntropy(Euclidean):
+    """``psi = sum x log x - x`` on positive ``x``: exponentiated gradient without normalisation."""
+
+    exact = (Box,)
+    positive = True
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Logarithms; zeros become 1e-30."""
+        return x.clamp(min=SMALLEST_PROBABILITY).log()
+
+    def point(self, y: Tensor) -> Tensor:
+        """Exponentials."""
+        return y.exp()
+
+    def dual_square(self, g: Tensor) -> Tensor:
+        """Square of the largest entry."""
+        return g.abs().amax().square()
+
+
+class PNorm(Euclidean):
+    """``psi = ||x||_p^2 / 2`` over each whole tensor, ``p - 1`` strongly convex in the p-norm.
+
+    Args:
+        p: in (1, 2]; 2 is the Euclidean geometry.
+
+    Raises:
+        ValueError: ``p`` out of range.
+    """
+
+    exact = (Ball,)
+
+    def __init__(self, p: float = 1.5) -> None:
+        if not 1 < p <= 2:
+            raise ValueError(f"p must be in (1, 2], got {p}")
+        self.p = p
+        self.q = p / (p - 1)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """``sign(x) |x|^(p-1) / ||x||_p^(p-2)``, 0 at 0."""
+        return _norm_gradient(x, self.p)
+
+    def point(self, y: Tensor) -> Tensor:
+        """The same with ``q = p / (p - 1)``."""
+        return _norm_gradient(y, self.q)
+
+    def dual_square(self, g: Tensor) -> Tensor:
+        """Square of the q-norm."""
+        return torch.linalg.vector_norm(g, self.q).square()
+
+
+class Hypentropy(Euclidean):
+    """``psi = sum x asinh(x / b) - sqrt(x^2 + b^2)``: between Euclidean (large b) and signed multiplicative (small b).
+
+    Ghai, Hazan, Singer, "Exponentiated Gradient Meets Gradient Descent", ALT 2020.
+
+    Args:
+        b: > 0.
+
+    Raises:
+        ValueError: ``b`` out of range.
+    """
+
+    exact = (Box,)
+
+    def __init__(self, b: float = 1.0) -> None:
+        if not 0 < b < float("inf"):
+            raise ValueError(f"b must be > 0 and finite, got {b}")
+        self.b = b
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """``asinh(x / b)``."""
+        return (x / self.b).asinh()
+
+    def point(self, y: Tensor) -> Tensor:
+        """``b sinh(y)``."""
+        return y.sinh() * self.b
+
+
+class DiagonalAdaGrad(Euclidean):
+    """``psi_t = sum_i h_i x_i^2 / 2`` with ``h = epsilon + sqrt(sum of (g - M)^2)`` per entry.
+
+    The optimizer keeps the sums. They exclude the present gradient, as the analysis wants, except that an entry whose
+    sum is still zero takes its present gradient, so that the first step is of size ``lr`` (practical, not in the
+    paper).
+
+    Args:
+        epsilon: >= 0.
+
+    Raises:
+        ValueError: ``epsilon`` out of range.
+    """
+
+    exact = (Box, Ball)
+
+    def __init__(self, epsilon: float = 1e-10) -> None:
+        if not 0 <= epsilon < float("inf"):
+            raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
+        self.epsilon = epsilon
+
+
+MirrorMap = Euclidean | Entropy | UnnormalizedEntropy | PNorm | Hypentropy | DiagonalAdaGrad
+MirrorName = Literal["euclidean", "entropy", "unnormalized_entropy", "p_norm", "hypentropy", "adagrad"]
+
+_BY_NAME: dict[str, Callable[[], MirrorMap]] = {
+    "euclidean": Euclidean,
+    "entropy": Entropy,
+    "unnormalized_entropy": UnnormalizedEntropy,
+    "p_norm": PNorm,
+    "hypentropy": Hypentropy,
+    "adagrad": DiagonalAdaGrad,
+}
+
+
+def mirror_map(mirror: MirrorName | MirrorMap) -> MirrorMap:
+    """Return the map, or that of the name with its default arguments.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(mirror, str):
+        return mirror
+    if mirror not in _BY_NAME:
+        raise ValueError(f"mirror must be a mirror map or one of {', '.join(_BY_NAME)}, got {mirror!r}")
+    return _BY_NAME[mirror]()
+
+
+def _norm_gradient(x: Tensor, p: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, p)
+    unit = x / torch.where(norm > 0, norm, 1.0)
+    return norm * unit.sign() * unit.abs() ** (p - 1)
