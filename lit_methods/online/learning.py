@@ -108,13 +108,8 @@ class OnlineLearning(LightningModule):
         for name in ("regret", "dynamic_regret", "gradient_variation", "path_length"):
             metric = getattr(self, name)
             if metric.update_called or float(metric.total) != 0:
-                self.log(
-                    f"{stage}/{name}",
-                    metric.compute().to(torch.float32),
-                    sync_dist=True,
-                    reduce_fx="sum" if "regret" in name else "mean",
-                    batch_size=1,
-                )
+                value = metric.compute().to(torch.float32)  # the same on every rank
+                self.log(f"{stage}/{name}", value, sync_dist=True, batch_size=1)
 
 
 class OnlineTrace(NamedTuple):
