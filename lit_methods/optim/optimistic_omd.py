@@ -226,7 +226,7 @@ class OptimisticOMD(OnlineOptimizer):
         group["rounds"] += 1
         if self._average:
             for p, state in zip(params, states, strict=True):
-                state["average"].lerp_(local_tensor(p).to(state["average"].dtype), 1 / group["rounds"])
+                local_tensor(state["average"]).lerp_(local_tensor(p).to(state["average"].dtype), 1 / group["rounds"])
         gradients = [loss_gradient(p, group) for p in params]
         if self._per_parameter and self._step_size == "adaptive":
             for p, state, g in zip(params, states, gradients, strict=True):

@@ -10,7 +10,7 @@ from lit_methods.optim import Ball, ExtraAdam, OptimisticAdam, OptimisticFTRL, O
 from tests.distributed.launch import run_ranks
 
 MAKERS = {
-    "adaptive": lambda ps: OptimisticOMD(ps, 2.0),
+    "adaptive": lambda ps: OptimisticOMD(ps, 2.0, average=True),
     "ball": lambda ps: OptimisticOMD(ps, 2.0, constraint=Ball(1.0)),
     "ball each": lambda ps: OptimisticOMD(ps, 2.0, constraint=Ball(1.0, per_tensor=True)),
     "adagrad": lambda ps: OptimisticOMD(ps, 0.1, step_size="constant", mirror="adagrad"),
