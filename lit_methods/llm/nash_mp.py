@@ -113,7 +113,7 @@ class NashMP(LightningModule):
         attn_implementation: see ``transformers``.
         gradient_checkpointing: recompute activations layer by layer.
         load_in_4bit: NF4 base weights by bitsandbytes (CUDA, LoRA only).
-        torch_compile: compile the decoder blocks, see ``torch.compile``.
+        torch_compile: compile the decoder blocks, see ``torch.compile``; what it gains was not measured.
         micro_batch_size: responses per scoring pass; limits memory, costs a second forward pass.
         logprob_chunk_size: response tokens per pass through the language-model head.
         sampler: who draws responses; default: :class:`~lit_methods.llm.sampling.LocalSampler`.
