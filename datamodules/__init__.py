@@ -7,6 +7,7 @@ from lit_methods._lazy import lazy_exports
 if TYPE_CHECKING:
     from lit_methods.datamodules.breast_cancer import BreastCancerDataModule
     from lit_methods.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
+    from lit_methods.datamodules.covertype import CovertypeDataModule
     from lit_methods.datamodules.d4rl import D4RLDataModule
     from lit_methods.datamodules.digits import DigitsDataModule
     from lit_methods.datamodules.glue import GLUEDataModule
@@ -27,6 +28,7 @@ __all__ = [
     "BreastCancerDataModule",
     "CIFAR10DataModule",
     "CIFAR100DataModule",
+    "CovertypeDataModule",
     "D4RLDataModule",
     "DigitsDataModule",
     "DriftingDigitsDataModule",
@@ -53,6 +55,7 @@ __getattr__, __dir__ = lazy_exports(
         "BreastCancerDataModule": "breast_cancer",
         "CIFAR100DataModule": "cifar",
         "CIFAR10DataModule": "cifar",
+        "CovertypeDataModule": "covertype",
         "D4RLDataModule": "d4rl",
         "DigitsDataModule": "digits",
         "DriftingDigitsDataModule": "sea",

@@ -37,6 +37,7 @@ from lit_methods.datamodules import (
     BreastCancerDataModule,
     CIFAR10DataModule,
     CIFAR100DataModule,
+    CovertypeDataModule,
     D4RLDataModule,
     DigitsDataModule,
     DriftingDigitsDataModule,
@@ -80,6 +81,7 @@ from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCriti
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
 from lit_methods.supervised import SSOModule, SupervisedModule
 from tests.cifar_files import write_cifar
+from tests.covertype_files import write_covertype
 from tests.glue_files import write_glue
 from tests.idx_files import write_mnist
 from tests.unit.llm.tiny import save_tiny_chat
@@ -885,6 +887,13 @@ _STREAM = {
 }
 
 
+def _covertype(folder: Path, **arguments: Any) -> LightningDataModule:
+    if not any(folder.iterdir()):
+        write_covertype(folder)
+    arguments.pop("seed", None)  # nothing is drawn
+    return CovertypeDataModule(**({"data_dir": folder, "download": False} | arguments))
+
+
 def _record(path: Path) -> None:
     g = np.random.default_rng(0)
     save_transitions_hdf5(
@@ -1044,6 +1053,14 @@ DATAMODULES: dict[str, DataModuleCase] = {
             ({"samples_per_round": 0}, "samples_per_round=0: must be"),
             ({"dtype": "int8"}, "dtype='int8': must be"),
         ],
+    ),
+    "lit_methods.datamodules.CovertypeDataModule": DataModuleCase(
+        _covertype,
+        bad=[_LOADER_ARGUMENTS[1], ({"samples_per_round": 0}, "samples_per_round=0: must be")],
+        not_applicable={
+            "check_batches_are_a_function_of_the_seed": "Its rounds are the file's rows, in order; no seed matters.",
+            "check_epochs_differ": "The same rows again.",
+        },
     ),
     "lit_methods.datamodules.DriftingDigitsDataModule": DataModuleCase(
         lambda folder, **arguments: DriftingDigitsDataModule(**({"rounds": 10} | arguments)),
