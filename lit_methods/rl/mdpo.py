@@ -18,7 +18,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import mse_loss, softplus
 from torch.optim import Optimizer
 
@@ -416,7 +415,8 @@ class OffPolicyMDPO(_Agent):
         self.exploration = exploration
         self.optimizer = optimizer
         self.critic_optimizer = critic_optimizer
-        self._anchor: dict[str, Tensor] = {}
+        self._anchor: tuple[nn.Module, ...] = ()  # in a tuple it is no submodule, whose parameters would be saved
+        self._moving: tuple[list[Tensor], list[Tensor]] = [], []
 
     def forward(self, observations: Tensor) -> Tensor:
         """Actions at the mean of the actor, in the environment's units."""
@@ -427,9 +427,10 @@ class OffPolicyMDPO(_Agent):
         """Actions for observations ``(N, observation)``, in the environment's units, and their log-densities."""
         mean, log_std = self.actor(observations)
         still = deterministic or self.exploration == "mean"
-        pre_tanh = mean if still else mean + log_std.exp() * torch.randn_like(mean)
-        log_probs = squashed_log_prob(pre_tanh, mean, log_std).sum(-1)
-        return self._to_environment(pre_tanh.tanh()), log_probs
+        noise = torch.zeros_like(mean) if still else torch.randn_like(mean)
+        pre_tanh = mean + log_std.exp() * noise
+        log_probs = normal_log_prob(noise, log_std) - log_tanh_derivative(pre_tanh)
+        return self._to_environment(pre_tanh.tanh()), log_probs.sum(-1)
 
     def training_step(self, batch: TransitionBatch, batch_idx: int) -> None:
         """One update of actor, critics and target."""
@@ -448,9 +449,7 @@ class OffPolicyMDPO(_Agent):
         self._differentiate(critic_loss, critic_parameters)
         critic_wrapper.optimizer.step()
         with torch.no_grad():
-            targets: list[Tensor] = list(self.target_value.parameters())
-            sources: list[Tensor] = list(self.value.parameters())
-            torch._foreach_lerp_(targets, sources, self.tau)
+            torch._foreach_lerp_(*self._moving, self.tau)
         self._log_training({**found, "critic_loss": critic_loss.detach()}, batch.episode_returns, batch.env_steps)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -473,18 +472,24 @@ class OffPolicyMDPO(_Agent):
         return shift + scale * actions
 
     def on_train_start(self) -> None:
-        """Look at the anchor, which the optimizer renews in place."""
+        """Build an actor from the anchor's parameters, which the optimizer renews in place."""
         optimizer: Any = self._wrapped_optimizers()[0].optimizer
-        self._anchor = optimizer.anchor_parameters(self.actor)
+        anchor = copy.deepcopy(self.actor).requires_grad_(False)
+        for name, value in optimizer.anchor_parameters(self.actor).items():
+            anchor.get_parameter(name).data = value
+        self._anchor = (anchor,)
+        self._moving = list(self.target_value.parameters()), list(self.value.parameters())
 
     def _actor_loss(self, observations: Tensor, inverse_t: float, found: dict[str, Tensor]) -> Tensor:
         """Loss of the actor; leaves in ``found`` the targets of the value network and what is logged."""
         mean, log_std = self.actor(observations)
-        pre_tanh = mean + log_std.exp() * torch.randn_like(mean)
-        with torch.no_grad():
-            anchor = functional_call(self.actor, self._anchor, (observations,))
-        log_prob = squashed_log_prob(pre_tanh, mean, log_std)
-        old_log_prob = squashed_log_prob(pre_tanh, *anchor)
+        noise = torch.randn_like(mean)
+        pre_tanh = mean + log_std.exp() * noise
+        old_mean, old_log_std = self._anchor[0](observations)
+        old_noise = (pre_tanh - old_mean) * (-old_log_std).exp()
+        log_derivative = log_tanh_derivative(pre_tanh)
+        log_prob = normal_log_prob(noise, log_std) - log_derivative
+        old_log_prob = normal_log_prob(old_noise, old_log_std) - log_derivative
         q = self.tsallis_q
         log_q, old_log_q = (tsallis_log(x, q).sum(-1) for x in (log_prob, old_log_prob))
         values = self.critics(observations, pre_tanh.tanh())
@@ -531,11 +536,14 @@ def generalized_advantages(
     return torch.from_numpy(deltas).to(rewards.device)
 
 
-def squashed_log_prob(pre_tanh: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-density of ``tanh(pre_tanh)`` for a Gaussian before the tanh, per dimension."""
-    noise = (pre_tanh - mean) * (-log_std).exp()
-    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return gaussian - 2 * (math.log(2) - pre_tanh - softplus(-2 * pre_tanh))
+def normal_log_prob(noise: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of ``mean + exp(log_std) * noise`` under the normal distribution of that mean and deviation."""
+    return -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+
+
+def log_tanh_derivative(x: Tensor) -> Tensor:
+    """``log(1 - tanh(x)^2)``, accurate also where tanh is 1 in floating point."""
+    return 2 * (math.log(2) - x - softplus(-2 * x))
 
 
 def tsallis_log(log_density: Tensor, q: float) -> Tensor:
