@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_methods.sensing import rebalance_factors_
 
@@ -26,7 +26,7 @@ class FactorRebalancing(Callback):
         FactorRebalancing()                                           # AsymmetricSensing
         FactorRebalancing("(.*)lora_B(.*)", r"\\1lora_A\\2", True)      # LoRA of peft: lora_B (out, r), lora_A (r, in)
 
-    Under DDP rank zero computes and broadcasts. Sharded (FSDP, DTensor) factors are refused.
+    With several ranks, rank zero computes and broadcasts; sharded factors (FSDP2, DTensor) are gathered pair by pair.
 
     Args:
         left: regular expression that the whole name of a left factor's parameter ``(..., rows, k)`` matches.
@@ -104,14 +104,15 @@ class FactorRebalancing(Callback):
         return last < self.loss_fraction * first or stalls
 
     def _fire(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for left, right in self._pairs(pl_module):
+        for pair in self._pairs(pl_module):
+            left, right = (p.full_tensor() if isinstance(p, DTensor) else p for p in (factor.data for factor in pair))
             if trainer.is_global_zero:
-                rebalance_factors_(
-                    left.data, right.data.mT if self.right_is_transposed else right.data, self.beta, self.rank
-                )
-            for factor in (left, right):
+                rebalance_factors_(left, right.mT if self.right_is_transposed else right, self.beta, self.rank)
+            for factor, new in zip(pair, (left, right), strict=True):
                 if trainer.world_size > 1:
-                    dist.broadcast(factor.data, 0)
+                    dist.broadcast(new, 0)
+                if isinstance(factor.data, DTensor):
+                    factor.data.copy_(distribute_tensor(new, factor.data.device_mesh, factor.data.placements))
                 for optimizer in trainer.optimizers:
                     optimizer.state.pop(factor, None)
         self.fired_at = trainer.global_step
@@ -128,6 +129,4 @@ class FactorRebalancing(Callback):
                 pairs.append((parameters[name], parameters[partner]))
         if not pairs:
             raise ValueError(f"left={self.left!r} matches none of the parameters {sorted(parameters)}")
-        if any(isinstance(factor, DTensor) for pair in pairs for factor in pair):
-            raise ValueError("FactorRebalancing needs whole factors, not DTensors: keep the pairs out of fully_shard")
         return pairs

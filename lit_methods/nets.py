@@ -99,6 +99,39 @@ class PretrainedNetwork(nn.Module):
         return self.network(x)
 
 
+class LoRANetwork(nn.Module):
+    """A frozen network whose linear layers learn low-rank updates ``B A`` (LoRA of peft, arXiv 2106.09685).
+
+    Args:
+        network: what to adapt; its weights no longer train. ``PretrainedNetwork`` loads it from a file.
+        rank: columns of B and rows of A, >= 1.
+        init_scale: A starts at this multiple of peft's initialization, > 0; B at zero.
+
+    Raises:
+        ValueError: an argument out of range, or a network without linear layers.
+    """
+
+    def __init__(self, network: nn.Module, rank: int, init_scale: float = 1.0) -> None:
+        super().__init__()
+        from peft import LoraConfig, inject_adapter_in_model
+
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        if not init_scale > 0:
+            raise ValueError(f"init_scale must be > 0, got {init_scale}")
+        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError(f"network has no torch.nn.Linear to adapt: {type(network).__name__}")
+        self.network = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), network)
+        for name, parameter in self.network.named_parameters():
+            if "lora_A" in name:
+                parameter.data.mul_(init_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the adapted network does."""
+        return self.network(x)
+
+
 class CIFARResNet(nn.Sequential):
     """Residual network for 32x32 images, with parameter-free shortcuts (He et al. 2016, arXiv 1512.03385, §4.2).
 

@@ -1,15 +1,15 @@
 """Run the ``lit-methods`` command in a test."""
 
 import os
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_methods.cli import main
-
-ROOT = Path(__file__).parents[1]
+from tests.new_processes import new_processes
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> None:
@@ -19,17 +19,28 @@ def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> None:
     main()
 
 
-def run_new_process(folder: Path, *args: str) -> str:
-    """Run in a new process and return what it printed; fail with its output when it fails."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", "lit_methods", *args],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=300,
-    )
-    assert process.returncode == 0, f"lit-methods {' '.join(args)}\n{process.stdout}"
-    return process.stdout
+def run_new_process(folder: Path, *args: str, ranks: int = 1) -> None:
+    """Run in a new process, or as torchrun does in several; fail with what they printed when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        new_processes(_run, ranks, folder, port, ranks, args)
+    except Exception as error:
+        output = "\n".join(path.read_text() for path in sorted(folder.glob("output*.txt")))
+        raise AssertionError(f"lit-methods {' '.join(args)}\n{output}") from error
+
+
+def _run(rank: int, folder: Path, port: int, ranks: int, args: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    output = os.open(f"output{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if ranks > 1:
+        names = ("LOCAL_RANK", "RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        values = (rank, rank, 0, ranks, ranks, port)
+        os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+    sys.argv = ["lit-methods", *args]
+    main()

@@ -1129,6 +1129,8 @@ RECIPES: dict[str, RecipeCase] = {
     "sso/matrix_factorization": RecipeCase(_TINY),
     "matrix_sensing/asymmetric": RecipeCase(_TINY_SENSING),
     "matrix_sensing/gaussian_one_step": RecipeCase([*_TINY_SENSING, "--data.num_measurements=50"]),
+    "matrix_sensing/lora_digits": RecipeCase(["--trainer.max_epochs=4"]),
+    "matrix_sensing/lora_digits_one_step": RecipeCase(["--trainer.max_epochs=4"]),
     "matrix_sensing/one_step": RecipeCase(_TINY_SENSING),
     "matrix_sensing/symmetric": RecipeCase(_TINY_SENSING),
     "matrix_sensing/symmetric_exact": RecipeCase(_TINY_SENSING),

@@ -65,7 +65,7 @@ def check_directly_built_module_saves_plain_data(
 def check_ranks_stay_identical_under_ddp(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = {"class_path": "tests.contract.probes.RanksAgree"}
     config = write_config(case, folder, max_steps=STEPS, strategy="ddp", devices=2, callbacks=[probe])
-    run_new_process(folder, "fit", "--config", config)
+    run_new_process(folder, "fit", "--config", config, ranks=2)
 
 
 def check_runs_finite_in_mixed_bfloat16(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.new_processes import new_processes
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -17,7 +18,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     A failure on any rank raises here with that rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run_rank, (world_size, folder, fn, args), nprocs=world_size)
+        new_processes(_run_rank, world_size, world_size, folder, fn, args)
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_methods.nets import MLP, CIFARResNet, LinearFeedback, PretrainedNetwork, WideResNet
+from lit_methods.nets import MLP, CIFARResNet, LinearFeedback, LoRANetwork, PretrainedNetwork, WideResNet
 
 
 def test_mlp_is_the_stated_chain_of_layers() -> None:
@@ -88,3 +88,33 @@ def test_pretrained_network_is_frozen_and_names_missing_files(tmp_path) -> None:
     assert not any(p.requires_grad for p in loaded.parameters())
     with pytest.raises(FileNotFoundError, match=r"lacks nowhere.pt"):
         PretrainedNetwork(MLP(4, [3], 2), "nowhere.pt")
+
+
+def test_lora_trains_low_rank_updates_only() -> None:
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    plain = MLP(6, [5], 4)
+    weights = [layer.weight.clone() for layer in plain if isinstance(layer, nn.Linear)]
+    x = torch.randn(3, 6)
+    before = plain(x)
+    net = LoRANetwork(plain, rank=2, init_scale=0.5)
+    torch.testing.assert_close(net(x), before)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert [tuple(p.shape) for p in trained.values()] == [(2, 6), (5, 2), (2, 5), (4, 2)]
+    largest = [p.abs().max() * p.shape[1] ** 0.5 for name, p in trained.items() if "lora_A" in name]
+    assert all(0.3 < value <= 0.5 for value in largest)  # peft: uniform in +- 1 / sqrt(columns)
+    for p in trained.values():
+        nn.init.normal_(p)
+    a1, b1, a2, b2 = trained.values()
+    hidden = nn.functional.linear(x, weights[0] + b1 @ a1, plain[1].base_layer.bias).relu()
+    torch.testing.assert_close(net(x), nn.functional.linear(hidden, weights[1] + b2 @ a2, plain[3].base_layer.bias))
+
+
+def test_lora_refuses_bad_arguments() -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="rank must be"):
+        LoRANetwork(MLP(4, [3], 2), 0)
+    with pytest.raises(ValueError, match="init_scale must be"):
+        LoRANetwork(MLP(4, [3], 2), 2, 0.0)
+    with pytest.raises(ValueError, match=r"no torch\.nn\.Linear"):
+        LoRANetwork(nn.ReLU(), 2)

@@ -1,7 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lit_methods.callbacks import FactorRebalancing
 from lit_methods.datamodules import SensingDataModule
@@ -110,3 +114,28 @@ def test_ranks_get_the_factors_of_rank_zero():
     assert step == step_1 == 7
     assert torch.equal(left, left_1)
     assert torch.equal(right, right_1)
+
+
+def rebalance_sharded(rank: int) -> list[torch.Tensor]:
+    torch.manual_seed(rank)  # rank zero's numbers must win
+    module = Lora()
+    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    weights = [p.full_tensor().clone() for p in module.parameters()]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    trainer = SimpleNamespace(world_size=2, is_global_zero=rank == 0, optimizers=[optimizer], global_step=1)
+    FactorRebalancing("(.*)lora_B(.*)", r"\1lora_A\2", True, at_step=1, beta=2.0)._fire(trainer, module)
+    assert not optimizer.state
+    return weights + [p.full_tensor() for p in module.parameters()]
+
+
+def test_sharded_factors_keep_their_product():
+    ranks = run_ranks(rebalance_sharded, 2)
+    for first, second in zip(*ranks, strict=True):
+        assert torch.equal(first, second)
+    a, b, a2, b2, new_a, new_b, new_a2, new_b2 = ranks[0]
+    for old, new in (((a, b), (new_a, new_b)), ((a2, b2), (new_a2, new_b2))):
+        torch.testing.assert_close(new[1] @ new[0], old[1] @ old[0])
+        torch.testing.assert_close(torch.linalg.svdvals(new[1]), torch.full((3,), 2.0))
