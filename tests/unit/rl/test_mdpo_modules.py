@@ -391,7 +391,8 @@ def train_off_policy(step_size: float, seed: int = 0) -> tuple[float, float]:
             if trainer.global_step % 1000 == 0:
                 drifts.append(float(trainer.callback_metrics["train/drift"]))
 
-    trainer = Trainer(**(QUIET | {"log_every_n_steps": 1000}), max_epochs=9, callbacks=[Drift()], limit_val_batches=0)
+    quiet = QUIET | {"log_every_n_steps": 1000, "check_val_every_n_epoch": 10, "num_sanity_val_steps": 0}
+    trainer = Trainer(**quiet, max_epochs=9, callbacks=[Drift()])
     data = ReplayDataModule("Pendulum-v1", batch_size=128, learning_starts=1000, updates_per_epoch=1000, seed=seed)
     trainer.fit(module, data)
     result = trainer.validate(module, data, verbose=False)[0]["val/return"]
