@@ -151,7 +151,7 @@ def _read(
                     raise _NotIntegersError from error
                 raise ValueError(f"{name}, after line {start}: {error}") from error
             values = rows["value"] if "value" in (rows.dtype.names or ()) else np.ones(len(rows), np.float32)
-            collector.add(*(_text(rows[key]) for key in ("user", "item")), values)
+            collector.add(_text(rows["user"]), _text(rows["item"]), values)
             start += len(piece)
     return collector.events()
 
