@@ -196,7 +196,7 @@ class InteractionsDataModule(TensorDataModule):
         path = Path(self.interactions)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{type(self).__name__} lacks {path.absolute()}: pass interactions=<the path of your table with the columns "
+                f"{type(self).__name__} lacks {path.absolute()}: pass interactions=<path of your table with columns "
                 f"{', '.join(c for c in self.columns if c)}, or of a scipy sparse matrix in .npz>."
             )
         return [path]

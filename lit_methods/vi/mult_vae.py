@@ -1,8 +1,8 @@
 """Mult-VAE^PR and Mult-DAE: autoencoders of users' histories that recommend items.
 
 Liang, Krishnan, Hoffman and Jebara, *Variational Autoencoders for Collaborative Filtering*, WWW 2018 (arXiv
-1802.05814), with every setting that only the authors' notebook tells. A user ``u`` with ``N_u`` interactions ``x_u`` has
-a latent ``z_u ~ N(0, I)`` and ``x_u ~ Multinomial(N_u, softmax(f(z_u)))``. What is minimised is the mean over users of
+1802.05814), with every setting that only the authors' notebook tells. A user ``u`` with ``N_u`` interactions ``x_u``
+has a latent ``z_u ~ N(0, I)`` and ``x_u ~ Multinomial(N_u, softmax(f(z_u)))``. The loss is the mean over users of
 
     -sum_i x_ui log softmax(f(z_u))_i  +  beta KL(q(z_u | x_u) || N(0, I)),    z_u ~ q(z_u | x_u)
 
@@ -15,6 +15,7 @@ probabilities but turns the logits into their gradient in place.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lit_methods.batches import InteractionBatch
 from lit_methods.hyperparameters import live_arguments
@@ -81,8 +82,10 @@ class _Autoencoder(LightningModule):
         self.cutoff = max(*recall_at, *ndcg_at, 1)
         self.num_recommendations = num_recommendations
         self.optimizer = optimizer
+        ranking: dict[str, Metric | MetricCollection] = {f"recall@{k}": RecallAtK(k) for k in recall_at}
+        ranking |= {f"ndcg@{k}": NDCGAtK(k) for k in ndcg_at}
         metrics = MetricCollection(
-            {f"recall@{k}": RecallAtK(k) for k in recall_at} | {f"ndcg@{k}": NDCGAtK(k) for k in ndcg_at},
+            ranking,
             compute_groups=False,  # two metrics that happen to agree on the first batch are not the same
         )
         self.val_metrics = metrics.clone(prefix="val/")
@@ -133,8 +136,9 @@ class _Autoencoder(LightningModule):
 
     def decode(self, z: Tensor) -> Tensor:
         """Logits ``(users, num_items)`` of codes ``(users, latent_dim)``."""
-        hidden = self.decoder[0](z)
-        for layer in self.decoder[1:]:
+        first, *others = self.decoder
+        hidden = first(z)
+        for layer in others:
             hidden = layer(hidden.tanh())
         return hidden
 
@@ -199,7 +203,7 @@ class _Autoencoder(LightningModule):
         return self.optimizer(self.parameters())
 
     def _negative_log_likelihood(self, logits: Tensor, batch: InteractionBatch) -> Tensor:
-        return _NegativeLogLikelihood.apply(logits, batch, self.likelihood, self.positive_weight)  # type: ignore[no-untyped-call]
+        return _NegativeLogLikelihood.apply(logits, batch, self.likelihood, self.positive_weight)
 
     def _evaluate(self, batch: InteractionBatch, metrics: MetricCollection) -> None:
         assert self.num_items is not None
@@ -327,8 +331,8 @@ class MultVAE(_Autoencoder):
         kl = gaussian_kl(mean.float(), log_variance.float()).mean()
         beta = self.beta()
         loss = nll + beta * kl
-        values = {"train/loss": loss, "train/nll": nll, "train/kl": kl, "train/beta": beta}
-        self.log_dict(values, batch_size=batch.num_users)
+        self.log_dict({"train/loss": loss, "train/nll": nll, "train/kl": kl}, batch_size=batch.num_users)
+        self.log("train/beta", beta, batch_size=batch.num_users)
         return loss
 
 
@@ -507,7 +511,7 @@ class _NegativeLogLikelihood(torch.autograd.Function):
 
 
 def _linear_layers(dims: Sequence[int]) -> nn.ModuleList:
-    return nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+    return nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
 
 def _is_weight(name: str) -> bool:
