@@ -127,13 +127,13 @@ class MovieLensDataModule(InteractionsDataModule):
         name = f"ml-{self.version}"
         files = [f"{name}.inter", *(file for file in _TABLES if file[0] != ".")]
         places = [place / file for place in (folder / name, folder / "ml-10M100K", folder) for file in files]
-        if self.version == "100k":
-            places += _recbole_files()
         for path in places:
             if path.is_file() and (self.version == "10m" or path.parent.name != "ml-10M100K"):
                 return path, None
-        archive = folder / f"{name}.zip"
-        return _in_archive(archive) if archive.is_file() else None
+        if (archive := folder / f"{name}.zip").is_file():
+            return _in_archive(archive)
+        elsewhere = _recbole_files() if self.version == "100k" else []
+        return (elsewhere[0], None) if elsewhere else None
 
     def _explain(self, reason: str = "") -> str:
         recbole = " Or pip install --no-deps recbole, whose wheel holds the file." if self.version == "100k" else ""
@@ -161,7 +161,11 @@ def _recbole_files() -> list[Path]:
         files = importlib.metadata.files("recbole") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    return [Path(str(file.locate())) for file in files if file.name == "ml-100k.inter"]
+    return [
+        Path(str(file.locate()))
+        for file in files
+        if file.name == "ml-100k.inter" and Path(str(file.locate())).is_file()
+    ]
 
 
 class NetflixPrizeDataModule(InteractionsDataModule):

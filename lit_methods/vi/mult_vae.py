@@ -42,6 +42,9 @@ class _Autoencoder(LightningModule):
     The layers are made by :meth:`configure_model` when ``num_items`` is to come from the datamodule.
     """
 
+    encoder: nn.ModuleList
+    decoder: nn.ModuleList
+
     def __init__(
         self,
         num_items: int | None,
