@@ -165,7 +165,8 @@ class _Autoencoder(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the standard errors over users."""
         for name, metric in self.test_metrics.items():
-            self.log(f"{name}/se", metric.standard_error().float())
+            assert isinstance(metric, RecallAtK | NDCGAtK)
+            self.log(f"{name}/se", metric.standard_error())
 
     def predict_step(self, batch: InteractionBatch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """The best ``num_recommendations`` items of each user, as :meth:`recommend` gives them."""
