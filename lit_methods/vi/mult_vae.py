@@ -244,8 +244,8 @@ class MultVAE(_Autoencoder):
     steps. To choose the cap as the paper does (section 2.2.2): anneal to 1, and take beta at the best ``val/ndcg@100``.
 
     Logs ``train/loss``, ``train/nll``, ``train/kl`` (means over users), ``train/beta``, and
-    ``{val,test}/recall@k`` and ``ndcg@k`` over held-out users, with ``test/<metric>/se`` for standard errors. No step
-    waits for the device. Data parallel ranks with equally many users average to the joint batch.
+    ``{val,test}/recall@k`` and ``ndcg@k`` over held-out users, with ``test/<metric>/se`` for standard errors. Data
+    parallel ranks with equally many users average to the joint batch.
 
     Args:
         num_items: number of items, >= 1; None: the datamodule's ``num_items``.

@@ -1183,7 +1183,11 @@ _TINY_ROLLOUTS = [
 ]  # fmt: skip
 
 
+_TINY_MOVIES = [*_TINY, "--data.data_dir=.", "--data.num_heldout_users=10", "--data.batch_size=8"]
+
 RECIPES: dict[str, RecipeCase] = {
+    "mult_vae/ml100k": RecipeCase(_TINY_MOVIES, prepare=write_u_data),
+    "mult_vae/ml100k_dae": RecipeCase(_TINY_MOVIES, prepare=write_u_data),
     "mdpo/half_cheetah": RecipeCase(_TINY_ROLLOUTS),
     "mdpo/hopper": RecipeCase(_TINY_ROLLOUTS),
     "mdpo/inverted_pendulum": RecipeCase(_TINY_ROLLOUTS),

@@ -161,6 +161,30 @@ def test_a_second_backward_is_refused(counts) -> None:
         nll.backward()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.usefixtures("no_trainer")
+@pytest.mark.parametrize("kind", [MultVAE, MultDAE])
+def test_a_training_step_on_cuda_agrees_with_the_cpu_and_does_not_wait(kind, counts) -> None:
+    torch.manual_seed(0)
+    model = kind(ITEMS, hidden_dims=(6,), latent_dim=3, dropout=0.0).double()
+    if kind is MultVAE:
+        model.encode = lambda batch: (MultVAE.encode(model, batch)[0], torch.full((1, 1), -60.0).to(model.item_bias))
+    batch = sparse(counts.double())
+    expected = torch.autograd.grad(model.training_step(batch, 0), list(model.parameters()), allow_unused=True)
+    model.cuda()
+    batch = InteractionBatch(*(tensor.cuda() for tensor in batch))
+    model.training_step(batch, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = model.training_step(batch, 0)
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs)
+
+
 def test_kl() -> None:
     mean, log_variance = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     expected = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(torch.zeros_like(mean), 1.0)).sum(1)
