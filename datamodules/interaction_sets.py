@@ -301,7 +301,8 @@ class MSDTasteProfileDataModule(InteractionsDataModule):
                 return [path]
         raise FileNotFoundError(
             f"MSDTasteProfileDataModule lacks train_triplets.txt in {self.data_dir.absolute()}. Put "
-            "http://labrosa.ee.columbia.edu/~dpwe/tmp/train_triplets.txt.zip there (no need to unpack it)."
+            "http://millionsongdataset.com/sites/default/files/challenge/train_triplets.txt.zip "
+            "there (no need to unpack it)."
         )
 
     def _read(self) -> Events:
