@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from lit_methods.datamodules.digits import DigitsDataModule
     from lit_methods.datamodules.glue import GLUEDataModule
     from lit_methods.datamodules.imitation import ImitationDataModule
+    from lit_methods.datamodules.interaction_sets import (
+        MovieLensDataModule,
+        MSDTasteProfileDataModule,
+        NetflixPrizeDataModule,
+    )
+    from lit_methods.datamodules.interactions import InteractionsDataModule
     from lit_methods.datamodules.libsvm import LibSVMDataModule
     from lit_methods.datamodules.matrix_factorization import MatrixFactorizationDataModule
     from lit_methods.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
@@ -35,9 +41,13 @@ __all__ = [
     "FashionMNISTDataModule",
     "GLUEDataModule",
     "ImitationDataModule",
+    "InteractionsDataModule",
     "LibSVMDataModule",
     "MNISTDataModule",
+    "MSDTasteProfileDataModule",
     "MatrixFactorizationDataModule",
+    "MovieLensDataModule",
+    "NetflixPrizeDataModule",
     "PromptDataModule",
     "ReplayDataModule",
     "RolloutDataModule",
@@ -62,9 +72,13 @@ __getattr__, __dir__ = lazy_exports(
         "FashionMNISTDataModule": "mnist",
         "GLUEDataModule": "glue",
         "ImitationDataModule": "imitation",
+        "InteractionsDataModule": "interactions",
         "LibSVMDataModule": "libsvm",
         "MNISTDataModule": "mnist",
         "MatrixFactorizationDataModule": "matrix_factorization",
+        "MSDTasteProfileDataModule": "interaction_sets",
+        "MovieLensDataModule": "interaction_sets",
+        "NetflixPrizeDataModule": "interaction_sets",
         "PromptDataModule": "prompts",
         "ReplayDataModule": "replay",
         "RolloutDataModule": "rollouts",

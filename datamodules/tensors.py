@@ -218,12 +218,14 @@ class TensorDataModule(pl.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _loader(self, rows: TensorRows[Any], sampler: DistributedSampler[Any]) -> StatefulDataLoader:
+    def _loader(
+        self, rows: TensorRows[Any], sampler: DistributedSampler[Any], batch_size: int | None = None
+    ) -> StatefulDataLoader:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="'set_vital'")  # torchdata 0.11 calls what torch 2.13 deprecates
             return StatefulDataLoader(
                 rows,
-                batch_size=self.batch_size,
+                batch_size=self.batch_size if batch_size is None else batch_size,
                 sampler=sampler,
                 num_workers=self.num_workers,
                 collate_fn=_as_it_is,

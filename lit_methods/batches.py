@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -218,3 +219,36 @@ class OnlineRound(NamedTuple):
     features: Tensor
     targets: Tensor
     comparator: Tensor
+
+
+class InteractionBatch(NamedTuple):
+    """Histories of users as sparse rows (CSR), and what of each user's interactions was held out.
+
+    Attributes:
+        items: the items that user ``u`` interacted with are ``items[offsets[u]:offsets[u + 1]]``, int64 ``(nnz,)``.
+        offsets: int64 ``(users + 1,)``, from 0 to ``nnz``, never falling.
+        values: how often or how much, >= 0, floating point ``(nnz,)``; ``None``: 1 each.
+        target_items: held-out items, which are not in the history, int64; for training empty.
+        target_offsets: int64 ``(users + 1,)``, as ``offsets``.
+    """
+
+    items: Tensor
+    offsets: Tensor
+    values: Tensor | None
+    target_items: Tensor
+    target_offsets: Tensor
+
+    @property
+    def num_users(self) -> int:
+        """Number of rows."""
+        return len(self.offsets) - 1
+
+    def rows(self) -> Tensor:
+        """The row of each entry of ``items``, int64 ``(nnz,)``."""
+        return sparse_rows(self.items, self.offsets)
+
+
+def sparse_rows(items: Tensor, offsets: Tensor) -> Tensor:
+    """The row of each entry of sparse rows ``(items, offsets)``, int64 ``(nnz,)``."""
+    users = torch.arange(len(offsets) - 1, device=items.device)
+    return users.repeat_interleave(offsets.diff(), output_size=len(items))

@@ -24,7 +24,13 @@ Work = Callable[[], object]
 Row = dict[str, Any]
 
 
-def alternate(contenders: dict[str, Work], rounds: int = 15, warmup: int = 2, inner: int = 1) -> dict[str, list[float]]:
+def alternate(
+    contenders: dict[str, Work],
+    rounds: int = 15,
+    warmup: int = 2,
+    inner: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds per call of each contender, one number a round.
 
     Args:
@@ -32,27 +38,28 @@ def alternate(contenders: dict[str, Work], rounds: int = 15, warmup: int = 2, in
         rounds: measured rounds.
         warmup: unmeasured rounds before.
         inner: calls per measurement, for work of microseconds.
+        clock: ``time.process_time`` where others use the cores and all work is done in this process.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for r in range(warmup + rounds):
         shift = r % len(names)
         for name in names[shift:] + names[:shift]:
-            elapsed = _time(contenders[name], inner)
+            elapsed = _time(contenders[name], inner, clock)
             if r >= warmup:
                 seconds[name].append(elapsed)
     return seconds
 
 
-def _time(work: Work, inner: int) -> float:
+def _time(work: Work, inner: int, clock: Callable[[], float] = time.perf_counter) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(inner):
         work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / inner
+    return (clock() - start) / inner
 
 
 def ratios(seconds: dict[str, list[float]], baseline: str) -> list[Row]:

@@ -1,0 +1,192 @@
+"""Read user-item events from text files, in pieces, with whatever their ids look like."""
+
+import io
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_LINES = 1_000_000  # read at a time
+
+
+class Events(NamedTuple):
+    """Interactions in the order of their file.
+
+    Attributes:
+        users: places in ``user_ids``, int64 ``(events,)``.
+        items: places in ``item_ids``, int64 ``(events,)``.
+        values: ratings or counts, float32 ``(events,)``.
+        user_ids: ascending: as numbers where all ids are integers, else as text.
+        item_ids: the same.
+    """
+
+    users: NDArray[np.int64]
+    items: NDArray[np.int64]
+    values: NDArray[np.float32]
+    user_ids: NDArray
+    item_ids: NDArray
+
+
+class EventCollector:
+    """Collects pieces of a file: keeps events with a high enough value and numbers the ids.
+
+    Args:
+        min_value: events below are dropped; ``None``: none is.
+    """
+
+    def __init__(self, min_value: float | None) -> None:
+        self.min_value = min_value
+        self.codes: tuple[dict, dict] = ({}, {})
+        self.pieces: list[tuple[NDArray, NDArray, NDArray]] = []
+
+    def add(self, users: NDArray, items: NDArray, values: NDArray) -> None:
+        """Add events: ids (integers or text) and values."""
+        if self.min_value is not None:
+            keep = values >= self.min_value
+            users, items, values = users[keep], items[keep], values[keep]
+        self.pieces.append(
+            (_encode(users, self.codes[0]), _encode(items, self.codes[1]), values.astype(np.float32, copy=False))
+        )
+
+    def events(self) -> Events:
+        """Everything so far, with ids in ascending order."""
+        columns = [np.concatenate(column) for column in zip(*self.pieces, strict=True)] if self.pieces else []
+        users, items, values = columns or (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+        (users, user_ids), (items, item_ids) = (
+            _ascending(column, codes) for column, codes in zip((users, items), self.codes, strict=True)
+        )
+        return Events(users, items, values, user_ids, item_ids)
+
+
+def _encode(ids: NDArray, codes: dict) -> NDArray[np.int64]:
+    unique, inverse = np.unique(ids, return_inverse=True)
+    places = np.array([codes.setdefault(key, len(codes)) for key in unique.tolist()], np.int64)
+    return places[inverse]
+
+
+def _ascending(column: NDArray, codes: dict) -> tuple[NDArray, NDArray]:
+    ids = np.array(list(codes))
+    order = np.argsort(ids, kind="stable")
+    places = np.empty(len(ids), np.int64)
+    places[order] = np.arange(len(ids))
+    return places[column], ids[order]
+
+
+@contextmanager
+def open_text(path: Path, member: str | None = None) -> Iterator[Iterable[str]]:
+    """Lines of a file, or of a zip archive's member without unpacking it."""
+    if member is None:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield file
+    else:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as raw:
+            yield io.TextIOWrapper(raw, encoding="utf-8", errors="replace")
+
+
+def read_table(
+    path: Path,
+    columns: tuple[str | int, str | int, str | int | None],
+    delimiter: str,
+    min_value: float | None,
+    member: str | None = None,
+) -> Events:
+    """Read a table of events.
+
+    Args:
+        path: the file, or a zip archive with ``member``.
+        columns: user, item and value, by name when the first line names them (what follows a colon in a name, as in
+            RecBole's files, is ignored), else by place; a value of ``None``: each event counts 1.
+        delimiter: what separates columns.
+        min_value: events below are dropped.
+        member: see ``path``.
+
+    Raises:
+        ValueError: a column is missing, or a line is not what the others are.
+    """
+    name = f"{path}:{member}" if member else str(path)
+    try:
+        return _read(path, columns, delimiter, min_value, member, (np.int64, np.int64), name)
+    except _NotIntegersError:
+        return _read(path, columns, delimiter, min_value, member, (object, object), name)
+
+
+class _NotIntegersError(Exception):
+    pass
+
+
+def _read(
+    path: Path,
+    columns: tuple[str | int, str | int, str | int | None],
+    delimiter: str,
+    min_value: float | None,
+    member: str | None,
+    id_types: tuple[type, type],
+    name: str,
+) -> Events:
+    collector = EventCollector(min_value)
+    with open_text(path, member) as file:
+        lines = iter(file)
+        named = isinstance(columns[0], str)
+        header = re.split(re.escape(delimiter), next(lines, "").strip("\ufeff\r\n")) if named else []
+        places = _places(columns, [column.partition(":")[0].strip('"') for column in header], name)
+        types = [("user", id_types[0]), ("item", id_types[1]), ("value", np.float32)][: len(places)]
+        separator = delimiter
+        if len(delimiter) > 1:
+            separator = "\t"
+            lines = (line.replace(delimiter, separator) for line in lines)
+        start = int(named)
+        while piece := list(islice(lines, _LINES)):
+            try:
+                rows = np.loadtxt(
+                    piece, types, comments=None, delimiter=separator, usecols=places, quotechar='"', ndmin=1
+                )
+            except (ValueError, OverflowError) as error:
+                if id_types[0] is np.int64:  # perhaps the ids are text
+                    raise _NotIntegersError from error
+                raise ValueError(f"{name}, after line {start}: {error}") from error
+            values = rows["value"] if "value" in (rows.dtype.names or ()) else np.ones(len(rows), np.float32)
+            collector.add(_text(rows["user"]), _text(rows["item"]), values)
+            start += len(piece)
+    return collector.events()
+
+
+def _text(ids: NDArray) -> NDArray:
+    return ids.astype(str) if ids.dtype == object else ids
+
+
+def _places(columns: tuple[str | int | None, ...], header: list[str], name: str) -> list[int]:
+    """Where the columns are."""
+    wanted = [column for column in columns if column is not None]
+    if missing := [column for column in wanted if isinstance(column, str) and column not in header]:
+        raise ValueError(f"{name} has no column {', '.join(map(repr, missing))}; its first line names {header}.")
+    return [column if isinstance(column, int) else header.index(column) for column in wanted]
+
+
+def read_netflix(files: list[Path], min_value: float | None) -> Events:
+    """Read Netflix's ``mv_*.txt`` or ``combined_data_*.txt``: a line ``movie:``, then lines ``user,rating,date``.
+
+    Raises:
+        ValueError: a file does not begin with a movie, or a line is not what it should be.
+    """
+    collector = EventCollector(min_value)
+    for file in files:
+        content = file.read_bytes()
+        movies = list(re.finditer(rb"^(\d+):[ \t]*\r?\n", content, re.MULTILINE))
+        if not movies or movies[0].start() != 0:
+            raise ValueError(f"{file} does not begin with a line 'movie:' as Netflix's files do.")
+        for movie, following in zip(movies, [*movies[1:], None], strict=True):
+            block = content[movie.end() : following.start() if following else len(content)]
+            if not block.strip():
+                continue
+            try:
+                rows = np.loadtxt(io.BytesIO(block), np.int64, delimiter=",", usecols=(0, 1), ndmin=2)
+            except ValueError as error:
+                raise ValueError(f"{file}, movie {movie[1].decode()}: {error}") from error
+            collector.add(rows[:, 0], np.full(len(rows), int(movie[1])), rows[:, 1].astype(np.float32))
+    return collector.events()
