@@ -218,3 +218,15 @@ class OnlineRound(NamedTuple):
     features: Tensor
     targets: Tensor
     comparator: Tensor
+
+
+class PointSetBatch(NamedTuple):
+    """Pairs of point sets of uniform weight; nothing says which point of one belongs to which of the other.
+
+    Attributes:
+        source: ``(batch, n, dimensions)``, floating point.
+        target: ``(batch, m, dimensions)``.
+    """
+
+    source: Tensor
+    target: Tensor

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from lit_methods.transport.generator import OTGenerator
+    from lit_methods.transport.registration import PointRegistration
     from lit_methods.transport.sinkhorn_newton_sparse import OTResult, SinkhornNewton, sinkhorn_newton
     from lit_methods.transport.wasserstein import (
         OTLoss,
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "OTGenerator",
     "OTLoss",
     "OTResult",
+    "PointRegistration",
     "SinkhornAssignment",
     "SinkhornNewton",
     "WassersteinDistance",
@@ -30,8 +34,10 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "OTGenerator": "generator",
         "OTLoss": "wasserstein",
         "OTResult": "sinkhorn_newton_sparse",
+        "PointRegistration": "registration",
         "SinkhornAssignment": "wasserstein",
         "SinkhornNewton": "sinkhorn_newton_sparse",
         "WassersteinDistance": "wasserstein",

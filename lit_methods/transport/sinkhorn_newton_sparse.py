@@ -10,8 +10,8 @@ measurement:
   complement as its Hessian: 7 steps on images with squared distances, where the paper's two duals at once take 33.
 - The Schur complement is the Laplacian of a graph, and its diagonal is summed from the other entries: no cancellation
   when the plan is almost a permutation.
-- ``eta`` is approached by doublings, with a few Newton steps each, and the Hessian is damped in proportion to the
-  marginal error. Without both, L1 costs, whose optimal plans are many, do not converge in 100 steps.
+- The Hessian is damped in proportion to the marginal error, and where a full step fails, ``eta`` is approached by
+  doublings with a few steps each. Without both, L1 costs, whose optimal plans are many, do not converge in 100 steps.
 - The threshold that makes the Hessian sparse follows from the mass that may be dropped; nothing is sorted.
 
 Gradients are implicit: that of the value is the plan and the potentials (envelope theorem), that of plan and potentials
@@ -86,7 +86,7 @@ def sinkhorn_newton(
         b: weights of the columns, ``(..., m)`` > 0, with the sum of ``a``; ``None``: uniform.
         eta: inverse regularization > 0, in units of 1 / cost. Errors of the cost are below ``log(n m) / eta``.
         reg: regularization ``1/eta``; give exactly one of the two.
-        warmup: Sinkhorn sweeps before the first Newton step, >= 0.
+        warmup: Sinkhorn sweeps before the first Newton step, >= 0; fewer when the error is small enough.
         max_newton: Newton steps at the full ``eta``, >= 0; 0 is Sinkhorn's algorithm.
         tol: bound on the marginal error, a share of the mass, > 0; ``None``: 1e-10 in float64 and 1e-5 in float32, or
             what rounding of ``eta * cost`` allows, if that is more.
@@ -94,8 +94,8 @@ def sinkhorn_newton(
             factorises densely where that is faster; ``"topk"`` keeps the ``nnz_per_row * max(n, m)`` largest of each
             problem, the paper's rule; ``"dense"`` drops nothing.
         nnz_per_row: for ``"topk"``, >= 1. The paper's 2/n of the Hessian are 3 here; below 5, steps multiply.
-        eps_scaling: number of doublings that lead to ``eta``, >= 0; ``None``: until ``eta`` times the range of the
-            costs is at most 40 at the start. 0 is the paper's algorithm.
+        eps_scaling: number of doublings that lead to ``eta``, >= 0. ``None``: none for problems on which every full
+            Newton step succeeds; the others start again from where ``eta`` times the range of the costs is at most 40.
         dtype: float32 or float64 to compute in; ``None``: float64 for float64 costs, else float32. Results have it.
 
     Returns:
@@ -206,10 +206,10 @@ class SinkhornNewton(nn.Module):
         dtype = self.dtype or (torch.float64 if cost.dtype == torch.float64 else torch.float32)
         batch, sizes = cost.shape[:-2], cost.shape[-2:]
         cost = cost.to(dtype).reshape(-1, *sizes)
-        finite = torch.isfinite(cost)
-        if bool((torch.isnan(cost) | (cost == -math.inf)).any()):
+        smallest = torch.cat([cost.detach().amin(-1), cost.detach().amin(-2)], -1)
+        if not bool((smallest > -math.inf).all()):
             raise ValueError("cost must hold no NaN and no -inf")
-        if not bool(finite.any(-1).all() & finite.any(-2).all()):
+        if not bool((smallest < math.inf).all()):
             raise ValueError("cost must have a finite entry in every row and every column")
         weights = []
         for name, given, size in (("a", a, sizes[0]), ("b", b, sizes[1])):
@@ -228,7 +228,14 @@ class SinkhornNewton(nn.Module):
 
 
 def _plan(cost: Tensor, f: Tensor, g: Tensor, eta: float) -> Tensor:
-    return torch.exp(eta * (f[..., None] + g[..., None, :] - cost) - 1)
+    exponents = eta * (f[..., None] + g[..., None, :] - cost) - 1
+    lowest = _lowest_exponent(cost.dtype)
+    return torch.where(exponents > lowest, exponents.clamp(min=lowest).exp(), 0.0)
+
+
+def _lowest_exponent(dtype: torch.dtype) -> float:
+    """``exp`` of less is nothing; it is also several times as slow, because it underflows."""
+    return 0.85 * math.log(torch.finfo(dtype).tiny)
 
 
 class _Value(torch.autograd.Function):
@@ -344,32 +351,48 @@ def _solve(solver: SinkhornNewton, cost: Tensor, a: Tensor, b: Tensor) -> tuple[
     mass = a.sum(-1, keepdim=True)
     a, b = a / mass, b / b.sum(-1, keepdim=True)
     kernel = -eta * cost
-    finite = torch.where(torch.isfinite(kernel), kernel, 0.0)
-    extent = float((finite.amax((-2, -1)) - finite.amin((-2, -1))).max())
-    del finite
+    low, high = kernel.amin((-2, -1)), kernel.amax((-2, -1))
+    if bool((low == -math.inf).any()):
+        low = torch.where(kernel > -math.inf, kernel, math.inf).amin((-2, -1))
+    extent = float((high - low).max())
     eps = torch.finfo(cost.dtype).eps
     tol = max(1e-10 if cost.dtype == torch.float64 else 1e-5, 8 * eps * extent) if solver.tol is None else solver.tol
-    doublings = solver.eps_scaling
-    if doublings is None:
-        doublings = max(0, math.ceil(math.log2(extent / _SCALED_RANGE))) if extent > 0 and solver.max_newton else 0
-
     problem = _Problem(kernel, a, b, torch.empty_like(kernel), solver.sparsity, solver.nnz_per_row)
-    v = torch.zeros_like(b)
-    steps = torch.zeros(len(b), dtype=torch.int64, device=b.device)
+    may_restart = solver.eps_scaling is None and solver.max_newton > 0 and extent > _SCALED_RANGE
+    v, sweeps, steps = _ascend(problem, solver, solver.eps_scaling or 0, tol, 1 if may_restart else 3)
+    if may_restart:
+        _rows(problem, 1.0, v)
+        hard = (b - problem.plan.sum(-2)).abs().sum(-1) > tol
+        if bool(hard.any()):
+            doublings = math.ceil(math.log2(extent / _SCALED_RANGE))
+            part = problem if bool(hard.all()) else problem.subset(hard)
+            v[hard], more_sweeps, more_steps = _ascend(part, solver, doublings, tol, 3)
+            sweeps[hard] += more_sweeps
+            steps[hard] += more_steps
+    u = _rows(problem, 1.0, v)
+    error = (b - problem.plan.sum(-2)).abs().sum(-1)
+    f, g = (u + mass.log() + 1) / eta, v / eta
+    shift = (g.mean(-1, keepdim=True) - f.mean(-1, keepdim=True)) / 2
+    return f + shift, g - shift, (sweeps, steps, error, error <= tol)
+
+
+def _ascend(
+    problem: "_Problem", solver: SinkhornNewton, doublings: int, tol: float, trials: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both stages of the algorithm, at ``eta / 2^doublings`` first; potentials, sweeps and steps."""
+    v = torch.zeros_like(problem.b)
+    steps = torch.zeros(len(v), dtype=torch.int64, device=v.device)
     sweeps = 0
     for stage in range(doublings + 1):
         scale = 2.0 ** (stage - doublings)
         last = stage == doublings
         count = solver.warmup if stage == 0 else min(2, solver.warmup)
-        v = _sweep(problem, scale, v if stage == 0 else 2 * v, count, tol)
-        sweeps += count
-        v, taken = _newton(problem, scale, v, tol if last else _STAGE_TOL, solver.max_newton if last else 20)
+        target, most = (tol, solver.max_newton) if last else (_STAGE_TOL, 20)
+        v, done = _sweep(problem, scale, v if stage == 0 else 2 * v, count, target)
+        v, taken = _newton(problem, scale, v, target, most, trials)
+        sweeps += done
         steps += taken
-    u = _rows(problem, 1.0, v)
-    error = (b - problem.plan.sum(-2)).abs().sum(-1)
-    f, g = (u + mass.log() + 1) / eta, v / eta
-    shift = (g.mean(-1, keepdim=True) - f.mean(-1, keepdim=True)) / 2
-    return f + shift, g - shift, (torch.full_like(steps, sweeps), steps, error, error <= tol)
+    return v, torch.full_like(steps, sweeps), steps
 
 
 class _Problem(NamedTuple):
@@ -389,35 +412,47 @@ def _rows(problem: _Problem, scale: float, v: Tensor) -> Tensor:
     """Write the plan of ``v`` whose row sums are exact, and return the row potential ``u`` that makes it."""
     plan = torch.add(v[:, None, :], problem.kernel, alpha=scale, out=problem.plan)
     top = plan.amax(-1, keepdim=True)
-    total = plan.sub_(top).exp_().sum(-1, keepdim=True)
+    total = plan.sub_(top).clamp_(min=_lowest_exponent(plan.dtype)).exp_().sum(-1, keepdim=True)
     plan.mul_(problem.a[..., None] / total)
     return problem.a.log() - (top + total.log())[..., 0]
 
 
-def _sweep(problem: _Problem, scale: float, v: Tensor, count: int, tol: float) -> Tensor:
-    """Sinkhorn sweeps: scalings of a fixed plan while they are moderate, a new plan in the log domain otherwise."""
+def _sweep(problem: _Problem, scale: float, v: Tensor, count: int, tol: float) -> tuple[Tensor, int]:
+    """At most ``count`` Sinkhorn sweeps, until all column sums err by at most ``tol``; potentials and sweeps done.
+
+    Sweeps are scalings of a fixed plan while those are moderate; otherwise the plan is made anew in the log domain.
+    """
     _, a, b, plan, *_ = problem
-    tiny = torch.finfo(v.dtype).tiny ** 0.9
+    tiny = torch.finfo(v.dtype).tiny ** 0.6
     limit = 30.0 if v.dtype == torch.float64 else 10.0
-    while count > 0:
+    done = 0
+    while done < count:
         u = _rows(problem, scale, v)
-        left, log_right = torch.ones_like(a), torch.zeros_like(b)
-        for _ in range(min(count, 100)):
+        left, right = torch.ones_like(a), torch.ones_like(b)
+        for _ in range(min(count - done, 100)):
             columns = _mv(plan.mT, left)
-            count -= 1
-            if bool((columns < tiny).any()):  # some columns underflow: only possible before the first scaling
-                log_right = b.log() - v - torch.logsumexp(u[..., None] + scale * problem.kernel, -2)
+            if float((right * columns - b).abs().sum(-1).max()) <= tol:
+                return v + right.log(), done
+            done += 1
+            if bool((columns < tiny).any()):  # a whole column underflows: only possible before the first scaling
+                v = b.log() - torch.logsumexp(u[..., None] + scale * problem.kernel, -2)
+                right = torch.ones_like(b)
                 break
-            log_right = b.log() - columns.log()
-            if float(log_right.abs().max()) > limit:
+            right = b / columns
+            if float(right.log().abs().max()) > limit:
                 break
-            left = a / _mv(plan, log_right.exp())
-        v = v + log_right
-    return v
+            left = a / _mv(plan, right)
+        v = v + right.log()
+    return v, done
 
 
-def _newton(problem: _Problem, scale: float, v: Tensor, tol: float, max_steps: int) -> tuple[Tensor, Tensor]:
-    """Damped Newton ascent on the semi-dual ``F(v) = max_u`` until the column sums err by at most ``tol``.
+def _newton(
+    problem: _Problem, scale: float, v: Tensor, tol: float, max_steps: int, trials: int
+) -> tuple[Tensor, Tensor]:
+    """Damped Newton ascent on the semi-dual ``max_u f(u, v)`` until the column sums err by at most ``tol``.
+
+    The line search makes that many ``trials`` along a direction, then a new one with more damping is sought; with one
+    trial, a problem whose full step fails is given up instead.
 
     Returns the potentials ``(B, m)`` and the number of steps of each problem.
     """
@@ -439,7 +474,7 @@ def _newton(problem: _Problem, scale: float, v: Tensor, tol: float, max_steps: i
         if count == 0:
             break
         if 2 * count <= len(v):
-            rest, more = _newton(problem.subset(active), scale, v[active], tol, max_steps - step)
+            rest, more = _newton(problem.subset(active), scale, v[active], tol, max_steps - step, trials)
             v, steps = v.clone(), steps.clone()
             v[active] = rest
             steps[active] += more
@@ -449,7 +484,7 @@ def _newton(problem: _Problem, scale: float, v: Tensor, tol: float, max_steps: i
         direction = _direction(problem, columns, gradient, damping * error[:, None].clamp(max=1), error)
         slope = (gradient * direction).sum(-1)
         pending, alpha, new = active, 1.0, v
-        for _ in range(3):
+        for _ in range(trials):
             trial = torch.where(pending[:, None], v + alpha * direction, new)
             new_objective, new_columns, new_error = evaluate(trial)
             gain = new_objective - objective
@@ -462,7 +497,8 @@ def _newton(problem: _Problem, scale: float, v: Tensor, tol: float, max_steps: i
             if not bool(pending.any()):
                 break
             alpha /= 4
-            damping = torch.where(pending[:, None], (4 * damping).clamp(min=1e-3), damping)
+            raised = (4 * damping).clamp(min=math.inf if trials == 1 else 1e-3)
+            damping = torch.where(pending[:, None], raised, damping)
         v = new
         objective, columns, error = evaluate(v) if bool(pending.any()) else (new_objective, new_columns, new_error)
     return v, steps
