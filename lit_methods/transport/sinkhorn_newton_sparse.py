@@ -201,7 +201,7 @@ class SinkhornNewton(nn.Module):
         """The problem as ``(B, n, m)``, ``(B, n)``, ``(B, m)`` of the dtype to compute in."""
         if not cost.is_floating_point():
             raise ValueError(f"cost must be floating point, got {cost.dtype}")
-        if cost.ndim < 2 or cost.shape[-2] * cost.shape[-1] == 0:
+        if cost.ndim < 2 or cost.numel() == 0:
             raise ValueError(f"cost must have shape (..., n >= 1, m >= 1), got {tuple(cost.shape)}")
         dtype = self.dtype or (torch.float64 if cost.dtype == torch.float64 else torch.float32)
         batch, sizes = cost.shape[:-2], cost.shape[-2:]

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.bench_sinkhorn_newton_sparse [batch backward table images large]
 
-Problems: random assignment (costs uniform in [0, 1]) and scikit-learn digits enlarged to 28x28, at eta = 1200. The error
+Problems: assignment with costs uniform in [0, 1], and scikit-learn digits enlarged to 28x28, at eta = 1200. The error
 is measured alike for every solver, ``|P 1 - a|_1 + |P^T 1 - b|_1`` of the plan it returns. POT's solvers run in pieces
 that warm-start each other, so that they can be stopped at the cap; the others run from the start with growing budgets.
 """

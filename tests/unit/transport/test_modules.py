@@ -32,7 +32,7 @@ def test_registration_finds_the_motion_of_digits():
     torch.testing.assert_close(module.translation.detach(), torch.tensor([0.5, -0.3]), atol=0.02, rtol=0)
     results = trainer.test(module, data, verbose=False)[0]
     assert results["test/angle"] == pytest.approx(30, abs=2)
-    assert results["test/distance"] < 0.25
+    assert results["test/distance"] < 0.35  # two draws of 32 points from the same image are 0.29 apart
     predicted = trainer.predict(module, data)
     torch.testing.assert_close(predicted[0], module(data.test_data.source[:32]).detach())
 
@@ -47,10 +47,10 @@ def test_rotations_are_rotations_in_any_dimension():
 
 def test_generator_learns_a_shifted_normal_distribution():
     torch.manual_seed(0)
-    x = torch.randn(256, 2) * torch.tensor([2.0, 0.5]) + torch.tensor([3.0, -1.0])
-    data = TensorDataModule(train=SupervisedBatch(x, x), val=SupervisedBatch(x, x), batch_size=128)
+    x = torch.randn(128, 2) * torch.tensor([2.0, 0.5]) + torch.tensor([3.0, -1.0])
+    data = TensorDataModule(train=SupervisedBatch(x, x), val=SupervisedBatch(x, x), batch_size=64)
     module = OTGenerator(MLP(2, [], 2), 2, optimizer=lambda params: torch.optim.Adam(params, lr=0.1))
-    trainer = Trainer(**QUIET, max_epochs=60)
+    trainer = Trainer(**QUIET, max_epochs=40)
     before = trainer.validate(module, data, verbose=False)[0]["val/distance"]
     trainer.fit(module, data)
     after = trainer.validate(module, data, verbose=False)[0]["val/distance"]

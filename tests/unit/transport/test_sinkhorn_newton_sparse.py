@@ -171,6 +171,15 @@ def test_only_hard_problems_of_a_batch_are_started_again():
     torch.testing.assert_close(both.plan[1], sinkhorn_newton(cost, a, b, eta=1200.0).plan, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 4)])
+def test_a_single_row_or_column(shape):
+    cost, a, b = (x.requires_grad_() for x in random_problem(*shape))
+    result = sinkhorn_newton(cost, a, b, eta=10.0)
+    torch.testing.assert_close(result.plan, a[:, None] * b, atol=1e-12, rtol=0)
+    (gradient,) = torch.autograd.grad(result.cost, cost)
+    torch.testing.assert_close(gradient, result.plan, atol=1e-10, rtol=0)
+
+
 def test_weights_broadcast_over_the_batch():
     cost, a, b = random_problem(6, 5, (3,))
     result = sinkhorn_newton(cost, a[0], b[1], eta=20.0)
@@ -341,6 +350,7 @@ def test_bad_settings(arguments, message):
     [
         ((torch.ones(3),), "cost must have shape"),
         ((torch.ones(3, 0),), "cost must have shape"),
+        ((torch.ones(0, 3, 3),), "cost must have shape"),
         ((torch.ones(3, 3, dtype=torch.int64),), "cost must be floating point"),
         ((torch.full((2, 2), math.nan),), "cost must hold no NaN"),
         ((torch.full((2, 2), -math.inf),), "cost must hold no NaN and no -inf"),
