@@ -335,7 +335,7 @@ def _factorise(schur: Tensor, columns: Tensor, damping: Tensor) -> Tensor:
     floor = 8 * torch.finfo(schur.dtype).eps
     schur.diagonal(dim1=-2, dim2=-1).add_((damping + floor) * columns)
     factor, failed = torch.linalg.cholesky_ex(schur)
-    while bool(failed.any()):
+    while floor < 1 and bool(failed.any()):
         floor *= 100
         schur.diagonal(dim1=-2, dim2=-1).add_(floor * columns)
         factor, failed = torch.linalg.cholesky_ex(schur)
@@ -514,12 +514,10 @@ def _direction(problem: _Problem, columns: Tensor, gradient: Tensor, damping: Te
     elif sparsity == "topk" and nnz_per_row * max(n, m) < n * m:
         threshold = plan.flatten(1).topk(nnz_per_row * max(n, m), sorted=False).values.amin(-1)
     else:
-        factor = _factorise(_schur(plan, a), columns, damping)
-        return torch.cholesky_solve(gradient[..., None], factor)[..., 0]
+        return _dense_direction(plan, a, columns, gradient, damping)
     kept = plan >= threshold[:, None, None]
     if sparsity == "adaptive" and 4 * int(kept.sum()) > kept.numel():
-        factor = _factorise(_schur(plan, a), columns, damping)
-        return torch.cholesky_solve(gradient[..., None], factor)[..., 0]
+        return _dense_direction(plan, a, columns, gradient, damping)
 
     # S / sqrt(a) and its transpose, problems of the batch along the diagonal
     problem_index, row, column = kept.nonzero(as_tuple=True)
@@ -538,6 +536,10 @@ def _direction(problem: _Problem, columns: Tensor, gradient: Tensor, damping: Te
 
     tolerance = error.sqrt().clamp(max=0.1)[:, None]
     return _conjugate_gradients(schur, gradient, jacobi, tolerance)
+
+
+def _dense_direction(plan: Tensor, a: Tensor, columns: Tensor, gradient: Tensor, damping: Tensor) -> Tensor:
+    return torch.cholesky_solve(gradient[..., None], _factorise(_schur(plan, a), columns, damping))[..., 0]
 
 
 def _csr(rows: Tensor, columns: Tensor, values: Tensor, height: int, width: int) -> Tensor:
