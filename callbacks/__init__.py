@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lit_methods.callbacks.sft_warmup import SFTWarmup
     from lit_methods.callbacks.surrogate_monitor import SurrogateMonitor
     from lit_methods.callbacks.target_capture import TargetCapture
+    from lit_methods.callbacks.transport_table import TransportTable
     from lit_methods.callbacks.win_rate import WinRate
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "SampleTable",
     "SurrogateMonitor",
     "TargetCapture",
+    "TransportTable",
     "WinRate",
 ]
 
@@ -62,6 +64,7 @@ __getattr__, __dir__ = lazy_exports(
         "SampleTable": "sample_table",
         "SurrogateMonitor": "surrogate_monitor",
         "TargetCapture": "target_capture",
+        "TransportTable": "transport_table",
         "WinRate": "win_rate",
     },
 )

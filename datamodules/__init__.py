@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lit_methods.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
     from lit_methods.datamodules.covertype import CovertypeDataModule
     from lit_methods.datamodules.d4rl import D4RLDataModule
+    from lit_methods.datamodules.digit_points import DigitPointsDataModule
     from lit_methods.datamodules.digits import DigitsDataModule
     from lit_methods.datamodules.glue import GLUEDataModule
     from lit_methods.datamodules.imitation import ImitationDataModule
@@ -36,6 +37,7 @@ __all__ = [
     "CIFAR100DataModule",
     "CovertypeDataModule",
     "D4RLDataModule",
+    "DigitPointsDataModule",
     "DigitsDataModule",
     "DriftingDigitsDataModule",
     "FashionMNISTDataModule",
@@ -67,6 +69,7 @@ __getattr__, __dir__ = lazy_exports(
         "CIFAR10DataModule": "cifar",
         "CovertypeDataModule": "covertype",
         "D4RLDataModule": "d4rl",
+        "DigitPointsDataModule": "digit_points",
         "DigitsDataModule": "digits",
         "DriftingDigitsDataModule": "sea",
         "FashionMNISTDataModule": "mnist",

@@ -252,3 +252,15 @@ def sparse_rows(items: Tensor, offsets: Tensor) -> Tensor:
     """The row of each entry of sparse rows ``(items, offsets)``, int64 ``(nnz,)``."""
     users = torch.arange(len(offsets) - 1, device=items.device)
     return users.repeat_interleave(offsets.diff(), output_size=len(items))
+
+
+class PointSetBatch(NamedTuple):
+    """Pairs of point sets of uniform weight; nothing says which point of one belongs to which of the other.
+
+    Attributes:
+        source: ``(batch, n, dimensions)``, floating point.
+        target: ``(batch, m, dimensions)``.
+    """
+
+    source: Tensor
+    target: Tensor

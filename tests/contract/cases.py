@@ -31,6 +31,7 @@ from lit_methods.callbacks import (
     SFTWarmup,
     SurrogateMonitor,
     TargetCapture,
+    TransportTable,
     WinRate,
 )
 from lit_methods.datamodules import (
@@ -39,6 +40,7 @@ from lit_methods.datamodules import (
     CIFAR100DataModule,
     CovertypeDataModule,
     D4RLDataModule,
+    DigitPointsDataModule,
     DigitsDataModule,
     DriftingDigitsDataModule,
     FashionMNISTDataModule,
@@ -84,6 +86,7 @@ from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
 from lit_methods.supervised import SSOModule, SupervisedModule
+from lit_methods.transport import OTGenerator, PointRegistration
 from lit_methods.vi import MultDAE, MultVAE
 from tests.cifar_files import write_cifar
 from tests.covertype_files import write_covertype
@@ -686,6 +689,34 @@ MODULES: dict[str, ModuleCase] = {
         forward_inputs=lambda: (torch.ones(2, 1, 8, 8),),
         bad=[(lambda: SupervisedModule(MLP(4, [], 1), num_classes=1), "num_classes must be")],
     ),
+    "lit_methods.transport.PointRegistration": ModuleCase(
+        config={
+            "model": _module("lit_methods.transport.PointRegistration", optimizer=_ADAM),
+            "data": _module("lit_methods.datamodules.DigitPointsDataModule", num_points=6, batch_size=4, test_size=20),
+        },
+        make=lambda: PointRegistration(),
+        forward_inputs=lambda: (torch.ones(2, 5, 2),),
+        bad=[
+            (lambda: PointRegistration(0), "dimensions must be"),
+            (lambda: PointRegistration(eta=0.0), "eta must be"),
+        ],
+    ),
+    "lit_methods.transport.OTGenerator": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.transport.OTGenerator",
+                network=_module("lit_methods.nets.MLP", in_features=3, hidden_features=[8], out_features=64),
+                latent_features=3,
+            ),
+            "data": _module("lit_methods.datamodules.DigitsDataModule", batch_size=16, test_size=20),
+        },
+        make=lambda: OTGenerator(MLP(3, [8], 64), latent_features=3),
+        forward_inputs=lambda: (torch.ones(2, 3),),
+        bad=[
+            (lambda: OTGenerator(MLP(3, [8], 64), 0), "latent_features must be"),
+            (lambda: OTGenerator(MLP(3, [8], 64), 3, eta=-1.0), "eta must be"),
+        ],
+    ),
     "lit_methods.sensing.SymmetricSensing": ModuleCase(
         config={
             "model": _module("lit_methods.sensing.SymmetricSensing", size=6, factor_rank=3, init_scales=[0.5, 0.2]),
@@ -752,6 +783,17 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: ConvergenceRates([]), "metrics must name"),
             (lambda: ConvergenceRates(["loss"], from_step=0), "from_step must be"),
             (lambda: ConvergenceRates(["loss"], floor=0.0), "floor must be"),
+        ],
+    ),
+    "lit_methods.callbacks.TransportTable": CallbackCase(
+        lambda: TransportTable(eta=50.0, assignment_size=10, image_size=4),
+        bad=[
+            (lambda: TransportTable(eta=0.0), "eta must be"),
+            (lambda: TransportTable(assignment_size=0), "assignment_size must be"),
+            (lambda: TransportTable(image_size=1), "image_size must be"),
+            (lambda: TransportTable(tol=0.0), "tol must be"),
+            (lambda: TransportTable(max_sweeps=0), "max_sweeps must be"),
+            (lambda: TransportTable(seed=-1), "seed must be"),
         ],
     ),
     "lit_methods.callbacks.FactorRebalancing": CallbackCase(
@@ -1111,6 +1153,16 @@ DATAMODULES: dict[str, DataModuleCase] = {
     "lit_methods.datamodules.FashionMNISTDataModule": DataModuleCase(
         partial(_mnist, FashionMNISTDataModule), bad=_LOADER_ARGUMENTS
     ),
+    "lit_methods.datamodules.DigitPointsDataModule": DataModuleCase(
+        lambda folder, **arguments: DigitPointsDataModule(**({"num_points": 5} | arguments)),
+        bad=[
+            *_LOADER_ARGUMENTS,
+            ({"num_points": 0}, "num_points=0: must be"),
+            ({"angle": float("nan")}, "angle=nan: must be"),
+            ({"shift": (0.0, float("inf"))}, "shift=.*: must be"),
+            ({"test_size": 1797}, "test_size=1797: must be"),
+        ],
+    ),
     "lit_methods.datamodules.SensingDataModule": DataModuleCase(
         lambda folder, **arguments: SensingDataModule(
             **({"rows": 5, "rank": 2, "num_measurements": 20, "batch_size": 4} | arguments)
@@ -1222,6 +1274,16 @@ RECIPES: dict[str, RecipeCase] = {
     "sso/imitation": RecipeCase(["--trainer.max_epochs=2", "--data.samples_per_round=20", "--data.eval_episodes=1"]),
     "sso/logistic": RecipeCase(_TINY),
     "sso/matrix_factorization": RecipeCase(_TINY),
+    "sinkhorn_newton_sparse/registration": RecipeCase(_TINY),
+    "sinkhorn_newton_sparse/tables": RecipeCase(
+        [
+            *_TINY,
+            "--data.batch_size=16",
+            "--trainer.callbacks.assignment_size=20",
+            "--trainer.callbacks.image_size=6",
+            "--trainer.callbacks.eta=100",
+        ]
+    ),
     "matrix_sensing/asymmetric": RecipeCase(_TINY_SENSING),
     "matrix_sensing/gaussian_one_step": RecipeCase([*_TINY_SENSING, "--data.num_measurements=50"]),
     "matrix_sensing/lora_digits": RecipeCase(["--trainer.max_epochs=4"]),

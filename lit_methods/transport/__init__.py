@@ -1,0 +1,49 @@
+"""Entropic optimal transport: a solver, losses, layers and metrics."""
+
+from typing import TYPE_CHECKING
+
+from lit_methods._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from lit_methods.transport.generator import OTGenerator
+    from lit_methods.transport.registration import PointRegistration
+    from lit_methods.transport.sinkhorn_newton_sparse import OTResult, SinkhornNewton, sinkhorn_newton
+    from lit_methods.transport.wasserstein import (
+        OTLoss,
+        SinkhornAssignment,
+        WassersteinDistance,
+        grid_points,
+        point_cost,
+        wasserstein_distance,
+    )
+
+__all__ = [
+    "OTGenerator",
+    "OTLoss",
+    "OTResult",
+    "PointRegistration",
+    "SinkhornAssignment",
+    "SinkhornNewton",
+    "WassersteinDistance",
+    "grid_points",
+    "point_cost",
+    "sinkhorn_newton",
+    "wasserstein_distance",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "OTGenerator": "generator",
+        "OTLoss": "wasserstein",
+        "OTResult": "sinkhorn_newton_sparse",
+        "PointRegistration": "registration",
+        "SinkhornAssignment": "wasserstein",
+        "SinkhornNewton": "sinkhorn_newton_sparse",
+        "WassersteinDistance": "wasserstein",
+        "grid_points": "wasserstein",
+        "point_cost": "wasserstein",
+        "sinkhorn_newton": "sinkhorn_newton_sparse",
+        "wasserstein_distance": "wasserstein",
+    },
+)

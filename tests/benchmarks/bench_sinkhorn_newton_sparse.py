@@ -1,0 +1,260 @@
+"""Sinkhorn-Newton-Sparse beside POT, geomloss, regot and the exact solver: error against CPU time, one thread.
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.bench_sinkhorn_newton_sparse [batch backward table images large]
+
+Problems: assignment with costs uniform in [0, 1], and scikit-learn digits enlarged to 28x28, at eta = 1200. The error
+is measured alike for every solver, ``|P 1 - a|_1 + |P^T 1 - b|_1`` of the plan it returns. POT's solvers run in pieces
+that warm-start each other, so that they can be stopped at the cap; the others run from the start with growing budgets.
+"""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+
+from lit_methods.transport import SinkhornNewton, grid_points, point_cost, sinkhorn_newton
+from tests.benchmarks import harness
+
+ETA = 1200.0
+TARGET = 1e-9
+PACKAGES = ("POT", "geomloss", "regot", "numpy", "scipy")
+ot, geomloss, regot = (harness.peer(name) for name in ("ot", "geomloss", "regot"))
+
+
+class Problem(NamedTuple):
+    cost: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+
+
+class Point(NamedTuple):
+    """Where a solver was after ``seconds`` of CPU time."""
+
+    seconds: float
+    iterations: int
+    error: float
+
+
+def assignment(n: int, seed: int = 0) -> Problem:
+    return Problem(np.random.default_rng(seed).random((n, n)), np.full(n, 1 / n), np.full(n, 1 / n))
+
+
+def images(p: int, first: int = 0, second: int = 1) -> Problem:
+    pair = torch.from_numpy(load_digits().images[[first, second]])[:, None] / 16
+    pair = torch.nn.functional.interpolate(pair, size=(28, 28), mode="bilinear").flatten(1) + 0.01
+    pair = pair / pair.sum(1, keepdim=True)
+    grid = grid_points(28, 28).double()
+    cost = point_cost(grid, grid) if p == 2 else torch.cdist(grid, grid, p=1)
+    return Problem((cost / cost.max()).numpy(), pair[0].numpy(), pair[1].numpy())
+
+
+def error_of(plan: Any, problem: Problem) -> float:
+    plan = np.asarray(plan)
+    return float(np.abs(plan.sum(1) - problem.a).sum() + np.abs(plan.sum(0) - problem.b).sum())
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    result = work()
+    return time.process_time() - start, result
+
+
+def ours(problem: Problem, **settings: Any) -> Iterator[Point]:
+    tensors = [torch.from_numpy(x) for x in problem]
+    for tol in (1e-1, 1e-2, 1e-4, 1e-6, 0.5 * TARGET):
+        seconds, result = timed(lambda tol=tol: sinkhorn_newton(*tensors, eta=ETA, tol=tol, **settings))
+        yield Point(seconds, int(result.n_sinkhorn + result.n_newton), error_of(result.plan, problem))
+
+
+def pot(problem: Problem, method: str, piece: int) -> Iterator[Point]:
+    spent, iterations = 0.0, 0
+    settings: dict[str, Any] = {"numItermax": piece, "stopThr": 0, "warn": False, "log": True}
+    solve = partial(ot.sinkhorn, problem.a, problem.b, problem.cost, 1 / ETA, method, **settings)
+    while True:
+        seconds, (plan, log) = timed(solve)
+        spent, iterations = spent + seconds, iterations + piece
+        warmstart = (log["log_u"], log["log_v"]) if "log_u" in log else (np.log(log["u"]), np.log(log["v"]))
+        solve = partial(solve, warmstart=warmstart)
+        yield Point(spent, iterations, error_of(plan, problem))
+
+
+def pot_stabilized(problem: Problem) -> Iterator[Point]:
+    solve = partial(ot.sinkhorn, problem.a, problem.b, problem.cost, 1 / ETA, "sinkhorn_stabilized", warn=False)
+    iterations = 100
+    while True:
+        seconds, plan = timed(partial(solve, numItermax=iterations, stopThr=1e-11))
+        yield Point(seconds, iterations, error_of(plan, problem))
+        iterations *= 3
+
+
+def of_regot(problem: Problem, name: str, budgets: tuple[int, ...]) -> Iterator[Point]:
+    solver = getattr(regot, f"sinkhorn_{name}")
+    cost = np.asfortranarray(problem.cost)
+    for budget in budgets:
+        seconds, result = timed(lambda n=budget: solver(cost, problem.a, problem.b, 1 / ETA, tol=1e-10, max_iter=n))
+        yield Point(seconds, int(result.niter), error_of(result.plan, problem))
+
+
+def of_geomloss(problem: Problem) -> Iterator[Point]:
+    from geomloss import ot as geomloss_ot
+
+    tensors = {k: torch.from_numpy(x) for k, x in zip(("C", "a", "b"), problem, strict=True)}
+    iterations = 10
+    while True:
+        seconds, result = timed(partial(geomloss_ot.solve, **tensors, reg=1 / ETA, max_iter=iterations))
+        yield Point(seconds, iterations, error_of(result.plan, problem))
+        iterations *= 3
+
+
+def contenders(problem: Problem) -> dict[str, Callable[[], Iterator[Point]]]:
+    n = len(problem.a)
+    found: dict[str, Callable[[], Iterator[Point]]] = {
+        "ours": lambda: ours(problem),
+        "ours, eps_scaling=0": lambda: ours(problem, eps_scaling=0),
+    }
+    if regot:
+        found["regot ssns"] = lambda: of_regot(problem, "ssns", (5, 10, 20, 40, 1000))
+        found["regot splr"] = lambda: of_regot(problem, "splr", (10, 30, 100, 2000))
+        if n <= 1000:
+            found["regot newton"] = lambda: of_regot(problem, "newton", (5, 10, 20, 100))
+    if ot:
+        found["POT sinkhorn"] = lambda: pot(problem, "sinkhorn", 200 if n > 1000 else 1000)
+        found["POT sinkhorn_log"] = lambda: pot(problem, "sinkhorn_log", 10 if n > 1000 else 200)
+        if n <= 1000:
+            found["POT sinkhorn_stabilized"] = lambda: pot_stabilized(problem)
+    if geomloss:
+        found["geomloss ot.solve"] = lambda: of_geomloss(problem)
+    return found
+
+
+def run(points: Iterator[Point], cap: float) -> list[Point]:
+    """Points until the error reaches the target or is NaN, or the next point would probably pass the cap."""
+    taken: list[Point] = []
+    for point in points:
+        previous = taken[-1].seconds if taken else 0.0
+        taken.append(point)
+        if not point.error > TARGET or point.seconds + 3 * (point.seconds - previous) > 1.2 * cap:
+            break
+    return taken
+
+
+def table(name: str, problem: Problem, cap: float, section: str, repeats: int = 3) -> dict[str, list[Point]]:
+    """One row per solver: CPU seconds to the target, or the error at the cap."""
+    curves = {}
+    for solver, start in contenders(problem).items():
+        runs = [run(start(), cap)]
+        if runs[0][-1].seconds < 3:
+            runs += [run(start(), cap) for _ in range(repeats - 1)]
+        curves[solver] = [*runs[0][:-1], runs[0][-1]._replace(seconds=median(r[-1].seconds for r in runs))]
+        print(name, solver, curves[solver][-1], flush=True)
+    base = curves["ours"][-1].seconds
+    rows = []
+    for solver, points in curves.items():
+        end = points[-1]
+        reached = end.error <= TARGET
+        rows.append(
+            {
+                "problem": name,
+                "solver": solver,
+                "reached 1e-9": reached,
+                "iterations": end.iterations,
+                "CPU s": round(end.seconds, 3),
+                "error": f"{end.error:.1e}",
+                "ratio to ours": ("" if reached else ">= ") + f"{end.seconds / base:.1f}",
+            }
+        )
+    if ot:
+        seconds = [timed(lambda: ot.emd(problem.a, problem.b, problem.cost, 10**7))[0] for _ in range(repeats)]
+        rows.append(
+            {"problem": name, "solver": "POT emd: exact, no entropy", "reached 1e-9": True, "iterations": ""}
+            | {"CPU s": round(median(seconds), 3), "error": "", "ratio to ours": f"{median(seconds) / base:.1f}"}
+        )
+    harness.save("sinkhorn_newton_sparse", section, rows, PACKAGES)
+    return curves
+
+
+def large(cap: float = 40.0) -> None:
+    """n = 5000, every solver under the same cap, drawn."""
+    curves = table("assignment, n=5000", assignment(5000), cap, f"n=5000, {cap:g} s each", repeats=1)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for solver, points in curves.items():
+        axes.plot([p.seconds for p in points], [p.error for p in points], marker=".", label=solver)
+    axes.set(yscale="log", xscale="log", xlabel="CPU seconds", ylabel="marginal error", title="assignment, n=5000")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(harness.RESULTS / "sinkhorn_newton_sparse_5000.png", dpi=120)
+
+
+def batch() -> None:
+    """Many small problems at once and one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for problems, n in ((64, 64), (16, 128)):
+        cost = torch.rand(problems, n, n, generator=generator, dtype=torch.float64)
+        work: dict[str, Callable[[], object]] = {
+            "ours, one batch": lambda cost=cost: sinkhorn_newton(cost, eta=300.0),
+            "ours, one by one": lambda cost=cost: [sinkhorn_newton(c, eta=300.0) for c in cost],
+        }
+        if regot:
+            uniform = np.full(n, 1 / n)
+            work["regot ssns, one by one"] = lambda cost=cost, u=uniform: [
+                regot.sinkhorn_ssns(np.asfortranarray(c.numpy()), u, u, 1 / 300, tol=1e-10) for c in cost
+            ]
+        if ot:
+            uniform = np.full(n, 1 / n)
+            work["POT emd, one by one"] = lambda cost=cost, u=uniform: [ot.emd(u, u, c.numpy()) for c in cost]
+        seconds = harness.alternate(work, rounds=7, warmup=1)
+        rows += [{"problems": f"{problems} of {n}x{n}"} | row for row in harness.ratios(seconds, "ours, one batch")]
+    harness.save("sinkhorn_newton_sparse", "batches of random assignments, eta=300", rows, PACKAGES)
+
+
+def backward() -> None:
+    """Gradient of the transport cost: one implicit solve, against differentiating 200 unrolled Sinkhorn sweeps."""
+    n = 200
+    cost = torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    solver = SinkhornNewton(300.0)
+
+    def unrolled() -> None:
+        log_a = -np.log(n)
+        g = torch.zeros(n, dtype=torch.float64)
+        for _ in range(200):
+            f = log_a - torch.logsumexp(g - 300 * cost, 1)
+            g = log_a - torch.logsumexp(f[:, None] - 300 * cost, 0)
+        (torch.exp(f[:, None] + g - 300 * cost) * cost).sum().backward()
+
+    work: dict[str, Callable[[], object]] = {
+        "ours: forward and backward of <C, P>": lambda: solver(cost).cost.backward(),
+        "ours: forward and backward of the value": lambda: solver.value(cost).backward(),
+        "ours: forward only": lambda: solver(cost.detach()),
+        "200 unrolled sweeps (not converged)": unrolled,
+    }
+    seconds = harness.alternate(work, rounds=5, warmup=1)
+    rows = harness.ratios(seconds, "ours: forward and backward of <C, P>")
+    harness.save("sinkhorn_newton_sparse", "gradients, n=200, eta=300", rows)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    chosen = sys.argv[1:] or ["table", "images", "large", "batch", "backward"]
+    if "batch" in chosen:
+        batch()
+    if "backward" in chosen:
+        backward()
+    if "table" in chosen:
+        for n in (500, 1000):
+            table(f"assignment, n={n}", assignment(n), 20.0, f"n={n}, to 1e-9, 20 s each")
+    if "images" in chosen:
+        for p in (2, 1):
+            table(f"digits 28x28, L{p} cost", images(p), 20.0, f"28x28 digits, L{p} cost, to 1e-9, 20 s each")
+    if "large" in chosen:
+        large()
