@@ -55,7 +55,7 @@ class CBO(ParticleOptimizer):
     Args:
         params: parameters, named parameters (needed by :func:`particle_losses`), groups, or a module. Parameters that
             do not require gradients stay as they are.
-        lr: time step Δt, >= 0.
+        lr: time step Δt, >= 0. With 0 neither the particles nor the parameters of a group move.
         lambda_: strength of the drift λ, > 0. ``lambda_ * lr = 1`` forgets the particles' places.
         sigma: strength of the noise σ, >= 0.
         num_particles: N on all ranks together, >= 1; a single one never moves.

@@ -110,7 +110,7 @@ class ParticleOptimizer(Optimizer):
         """
         swarm = self._prepare()
         best = swarm["best"]
-        if self._particles_sharded:
+        if self.particles_sharded:
             losses, points = self._all_gather(swarm["best_loss"][None]), self._all_gather(best[None])
             best = points[losses.argmin()]
         return self._one(best)
@@ -200,14 +200,17 @@ class ParticleOptimizer(Optimizer):
         Where no loss is finite, it is the previous one.
         """
         mine = losses = self._mean_over_data(losses)
-        if self._particles_sharded:
+        if self.particles_sharded:
             losses = self._all_gather(losses)
         share, alpha = self.param_groups[0]["effective_sample_size"], self.param_groups[0]["alpha"]
         weights, lowest = consensus_weights(losses, alpha if share is None else alpha_for_sample_size(losses, share))
-        if self._particles_sharded:
+        if self.particles_sharded:
             weights = weights.tensor_split(dist.get_world_size(self._group))[dist.get_rank(self._group)]
         # `out=` keeps autocast away from this product.
         point = self._sum(torch.mv(points.T, weights, out=torch.empty_like(swarm["consensus"])))
+        for group, columns in self._columns():
+            if group["lr"] == 0:
+                point[columns] = swarm["consensus"][columns]
         self._lowest = torch.minimum(self._lowest, lowest)
         own, index = mine.where(mine.isfinite(), math.inf).min(0)
         better = own < swarm["best_loss"]
@@ -356,9 +359,9 @@ class ParticleOptimizer(Optimizer):
 
     def _make_generator(self, swarm: dict[str, Any], device: torch.device) -> torch.Generator:
         generator = torch.Generator(device)
-        stream = dist.get_rank(self._group) if self._particles_sharded else 0
+        stream = dist.get_rank(self._group) if self.particles_sharded else 0
         saved = swarm["generators"]
-        if len(saved) == (dist.get_world_size(self._group) if self._particles_sharded else 1):
+        if len(saved) == (dist.get_world_size(self._group) if self.particles_sharded else 1):
             return generator.set_state(saved[stream].cpu())
         return generator.manual_seed((swarm["seed"] + (len(saved) * 1000 + stream) * _RANK_STRIDE) % 2**63)
 
@@ -370,12 +373,13 @@ class ParticleOptimizer(Optimizer):
         return ready and dist.get_world_size(self._group) > 1
 
     @property
-    def _particles_sharded(self) -> bool:
+    def particles_sharded(self) -> bool:
+        """Whether this rank holds a part of the particles, so that all ranks must evaluate them on the same data."""
         return self._shard == "particles" and self._distributed
 
     def _local(self, number: int) -> int:
         """This rank's share of a number of particles."""
-        if not self._particles_sharded:
+        if not self.particles_sharded:
             return number
         ranks = dist.get_world_size(self._group)
         if number % ranks:
@@ -386,7 +390,7 @@ class ParticleOptimizer(Optimizer):
 
     def _sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks' particles, in place."""
-        if self._particles_sharded:
+        if self.particles_sharded:
             dist.all_reduce(x, group=self._group)
         return x
 
@@ -406,7 +410,7 @@ class ParticleOptimizer(Optimizer):
         """
         result = super().state_dict()
         if "swarm" in self.state:
-            if self._particles_sharded and self._consolidated is None:
+            if self.particles_sharded and self._consolidated is None:
                 raise RuntimeError(
                     "the particles are sharded: call consolidate_state_dict() on every rank, then state_dict() on one"
                 )
@@ -416,7 +420,7 @@ class ParticleOptimizer(Optimizer):
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gather sharded particles on rank ``to``; a collective call, which Lightning makes before it saves."""
-        if not (self._particles_sharded and "swarm" in self.state):
+        if not (self.particles_sharded and "swarm" in self.state):
             return
         self._prepare()
         parts: list[Any] = [None] * dist.get_world_size(self._group)
@@ -444,7 +448,7 @@ class ParticleOptimizer(Optimizer):
         self._forget()
         if "swarm" in state_dict["state"]:
             swarm = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state_dict["state"]["swarm"].items()}
-            if self._particles_sharded:
+            if self.particles_sharded:
                 rank, rows = dist.get_rank(self._group), self._local(self.num_particles)
                 swarm["particles"] = swarm["particles"][rank * rows : (rank + 1) * rows].clone()
             self.state["swarm"] = swarm

@@ -62,10 +62,12 @@ from lit_methods.llm.word_game import word_game_preference
 from lit_methods.nets import MLP, LinearFeedback
 from lit_methods.online import OnlineImitation, OnlineLearning
 from lit_methods.optim import (
+    CBO,
     MDPO,
     MFAC,
     SSO,
     ArmijoSGD,
+    ConsensusHopping,
     ExtraAdam,
     ExtraGradient,
     ImplicitOMD,
@@ -98,6 +100,7 @@ class OptimizerCase:
     bad: list[tuple[Arguments, str]]
     closure_calls: int = 1
     host_syncs: bool = False  # whether the docstring declares host synchronisations
+    draws_noise: bool = False  # whether steps are random: devices have different streams of random numbers
     module_argument: str | None = None  # the constructor's name for the module that holds the parameters
     not_applicable: dict[str, str] = field(default_factory=dict)
 
@@ -159,7 +162,57 @@ _ADAM_ARGUMENTS: list[tuple[Arguments, str]] = [
     ({"weight_decay": -0.1}, "weight_decay must be"),
 ]
 
+_LOSSES_ONLY = {
+    "check_skips_missing_gradients": (
+        "Gradients are never read; a parameter that the loss does not depend on follows the particles, as documented."
+    ),
+}
+
 OPTIMIZERS: dict[str, OptimizerCase] = {
+    "lit_methods.optim.CBO": OptimizerCase(
+        CBO,
+        {"num_particles": 20, "particle_batch_size": 10, "init_std": 0.5, "init_around_current": True, "seed": 0},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lambda_": 0.0}, "lambda_ must be"),
+            ({"sigma": -1.0}, "sigma must be"),
+            ({"num_particles": 0}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"noise": "gaussian"}, "noise must be"),
+            ({"particle_batch_size": 0}, "particle_batch_size must be"),
+            ({"update": "half"}, "update must be"),
+            ({"init_std": 0.0}, "init_std must be"),
+            ({"stall_tol": -1.0}, "stall_tol must be"),
+            ({"effective_sample_size": 1.0}, "effective_sample_size must be"),
+            ({"gradient_drift": -1.0}, "gradient_drift must be"),
+            ({"seed": -1}, "seed must be"),
+            ({"shard": "model"}, "shard must be"),
+        ],
+        closure_calls=21,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.ConsensusHopping": OptimizerCase(
+        ConsensusHopping,
+        {"num_particles": 20, "alpha": 50.0, "width": 0.2, "seed": 0},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lr": 1.5}, "lr must be"),
+            ({"num_particles": 1}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"width": 0.0}, "width must be"),
+            ({"width_decay": 1.5}, "width_decay must be"),
+            ({"width_decay_every": 0}, "width_decay_every must be"),
+            ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
+            ({"seed": -1}, "seed must be"),
+            ({"shard": "model"}, "shard must be"),
+        ],
+        closure_calls=21,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
     "lit_methods.optim.MDPO": OptimizerCase(
         MDPO,
         {"lr": 0.01, "inner_steps": 3},
