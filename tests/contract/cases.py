@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_methods.batches import SupervisedBatch
+from lit_methods.black_box import CBOModule, LandscapeMinimization, Rastrigin
 from lit_methods.callbacks import (
+    CBOCooling,
     ConvergenceCurves,
     ConvergenceRates,
     EmpiricalFisherMonitor,
     ExactResume,
     ExportHF,
     FactorRebalancing,
+    LandscapePaths,
     LearningCurves,
     MFACPruning,
     PolicyEvaluation,
@@ -59,7 +62,7 @@ from lit_methods.datamodules import (
 from lit_methods.games import MatrixGame, PreferenceGame, RingGAN
 from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
-from lit_methods.nets import MLP, LinearFeedback
+from lit_methods.nets import MLP, LinearFeedback, PostNormMLP
 from lit_methods.online import OnlineImitation, OnlineLearning
 from lit_methods.optim import (
     CBO,
@@ -433,7 +436,56 @@ def _off_policy(**arguments: Any) -> OffPolicyMDPO:
     return OffPolicyMDPO(TanhGaussianActor(3, 1, [8]), TwinCritic(3, 1, [8]), ValueNetwork(3, [8]), **arguments)
 
 
+def _landscape(**arguments: Any) -> LandscapeMinimization:
+    return LandscapeMinimization(**({"objective": Rastrigin(), "methods": {"cbo": CBO}, "start": [1.0]} | arguments))
+
+
 MODULES: dict[str, ModuleCase] = {
+    "lit_methods.black_box.CBOModule": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.black_box.CBOModule",
+                network=_module("lit_methods.nets.PostNormMLP", in_features=64, widths=[12, 10]),
+                num_classes=10,
+                optimizer=_module("lit_methods.optim.CBO", num_particles=8, particle_batch_size=4),
+                lr_scheduler=_module("torch.optim.lr_scheduler.StepLR", step_size=1),
+            ),
+            "data": _module("lit_methods.datamodules.DigitsDataModule", batch_size=32),
+        },
+        make=lambda: CBOModule(PostNormMLP(64, [10]), num_classes=10),
+        forward_inputs=lambda: (torch.ones(2, 1, 8, 8),),
+        bad=[
+            (lambda: CBOModule(MLP(4, [], 1), num_classes=1), "num_classes must be"),
+            (lambda: CBOModule(MLP(4, [], 1), chunk_size=0), "chunk_size must be"),
+        ],
+    ),
+    "lit_methods.black_box.LandscapeMinimization": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.black_box.LandscapeMinimization",
+                objective=_module("lit_methods.black_box.GrandCanyon"),
+                methods={
+                    "hopping": _module("lit_methods.optim.ConsensusHopping", num_particles=8),
+                    "cbo": _module("lit_methods.optim.CBO", num_particles=8, particle_batch_size=None),
+                    "langevin": _module("lit_methods.black_box.langevin.AnnealedLangevin", lr=1e-3),
+                },
+                start=[8.0, 8.0],
+                num_runs=2,
+                inner_steps={"hopping": 2},
+                steps_per_epoch=8,
+            )
+        },
+        make=lambda: _landscape(num_runs=1),
+        forward_inputs=lambda: (torch.ones(4, 2),),
+        bad=[
+            (lambda: _landscape(methods={}), "methods must name"),
+            (lambda: _landscape(start=[]), "start must hold"),
+            (lambda: _landscape(num_runs=0), "num_runs must be"),
+            (lambda: _landscape(steps_per_epoch=0), "steps_per_epoch must be"),
+            (lambda: _landscape(inner_steps={"sgd": 2}), "inner_steps must give"),
+            (lambda: _landscape(tolerance=0.0), "tolerance must be"),
+        ],
+    ),
     "lit_methods.supervised.SSOModule": ModuleCase(
         config={
             "model": _module(
@@ -738,6 +790,22 @@ _LANGUAGE_MODELS_ONLY = {
 }
 
 CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.CBOCooling": CallbackCase(
+        lambda: CBOCooling(reduction=0.2),
+        bad=[
+            (lambda: CBOCooling(every_n_epochs=0), "every_n_epochs must be"),
+            (lambda: CBOCooling(alpha_factor=0.5), "alpha_factor must be"),
+            (lambda: CBOCooling(reduction=1.0), "reduction must be"),
+        ],
+    ),
+    "lit_methods.callbacks.LandscapePaths": CallbackCase(
+        LandscapePaths,
+        bad=[
+            (lambda: LandscapePaths(low=1.0, high=1.0), "low must be"),
+            (lambda: LandscapePaths(every_n_steps=0), "every_n_steps must be"),
+            (lambda: LandscapePaths(name="a/b"), "name must be"),
+        ],
+    ),
     "lit_methods.callbacks.EmpiricalFisherMonitor": CallbackCase(
         lambda: EmpiricalFisherMonitor(num_grads=4, batch_size=6),
         bad=[
