@@ -1,5 +1,6 @@
 """Minimise a test function by several methods, many independent runs of each."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.optim import CBO, ConsensusHopping
@@ -80,13 +81,13 @@ class LandscapeMinimization(LightningModule):
         """Method -> where its runs are, ``(num_runs, d)``."""
         return {name: torch.stack(list(self._points(name))) for name in self.methods}
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> StatefulDataLoader:
         """A loader of ``steps_per_epoch`` indices: a function needs no data."""
-        return DataLoader(range(self.steps_per_epoch))  # type: ignore[arg-type]
+        return _indices(self.steps_per_epoch)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> StatefulDataLoader:
         """One batch: validation looks at where the runs are."""
-        return DataLoader(range(1))  # type: ignore[arg-type]
+        return _indices(1)
 
     test_dataloader = predict_dataloader = val_dataloader
 
@@ -159,3 +160,9 @@ class LandscapeMinimization(LightningModule):
                 batch_size=1,
                 sync_dist=True,
             )
+
+
+def _indices(number: int) -> StatefulDataLoader:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital'")  # torchdata 0.11 calls what torch 2.13 deprecates
+        return StatefulDataLoader(range(number))

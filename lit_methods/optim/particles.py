@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable
 from itertools import accumulate, pairwise
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -17,21 +18,19 @@ Evaluate = Callable[[Tensor], Tensor]
 _RANK_STRIDE = 0x9E3779B97F4A7C15  # apart from one another for any seed
 
 
-def consensus_weights(losses: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
-    """``softmax(-alpha losses)``, and the lowest loss.
+def consensus_weights(losses: Tensor, alpha: float | Tensor) -> Tensor:
+    """``softmax(-alpha losses)``; NaN when no loss is finite.
 
     Any ``alpha`` from 0 (equal weights) to infinity (the best particle) is exact: the lowest loss is subtracted first.
-    A loss that is not finite has weight 0. When none is finite, the weights are NaN and the lowest loss is infinite.
 
     Args:
-        losses: ``(n,)``, float32 or float64.
-        alpha: inverse temperature, >= 0; a tensor must be finite.
+        losses: ``(n,)``, float32 or float64; infinite ones have weight 0.
+        alpha: inverse temperature, >= 0; a tensor must be > 0 and finite.
     """
-    finite = losses.isfinite()
-    lowest = losses.where(finite, math.inf).amin()
     if not isinstance(alpha, Tensor):
-        alpha = min(alpha, torch.finfo(losses.dtype).max)
-    return torch.softmax((-alpha * (losses - lowest)).where(finite, -math.inf), 0), lowest
+        limits = torch.finfo(losses.dtype)
+        alpha = min(max(alpha, limits.tiny), limits.max)  # 0 and infinity times infinite losses would be NaN
+    return (losses - losses.amin()).mul_(-alpha).softmax(0)
 
 
 def alpha_for_sample_size(losses: Tensor, share: float, steps: int = 40) -> Tensor:
@@ -42,7 +41,7 @@ def alpha_for_sample_size(losses: Tensor, share: float, steps: int = 40) -> Tens
     low, high = losses.new_tensor(1e-5).log(), losses.new_tensor(1e15).log()
     for _ in range(steps):
         middle = (low + high) / 2
-        too_even = 1 / consensus_weights(losses, middle.exp())[0].square().sum() > share * len(losses)
+        too_even = 1 / consensus_weights(losses, middle.exp()).square().sum() > share * len(losses)
         low, high = torch.where(too_even, middle, low), torch.where(too_even, high, middle)
     return ((low + high) / 2).exp()
 
@@ -61,6 +60,7 @@ class ParticleOptimizer(Optimizer):
     _buffers: dict[tuple[str, int, int], Tensor]
     _generator: torch.Generator | None
     _consolidated: dict[str, Any] | None
+    _lowest: Tensor | None
 
     def __init__(
         self,
@@ -166,10 +166,10 @@ class ParticleOptimizer(Optimizer):
             if loss is None:
                 return None
         evaluate = self._one_by_one(closure) if not callable(losses_of) else self._batched(losses_of)
-        self._lowest = swarm["consensus"].new_tensor(math.inf)
-        self._consolidated = None
+        self._lowest = self._consolidated = None
         self._advance(swarm, evaluate)
-        change = (swarm["consensus"] - swarm["previous"]).abs().amax()
+        assert self._lowest is not None
+        change = torch.linalg.vector_norm(swarm["consensus"] - swarm["previous"], math.inf)
         lowest, change = torch.stack([self._lowest, change]).tolist()  # the one host synchronisation
         if lowest == math.inf:
             raise RuntimeError("no particle has a finite loss; check the loss, or start with a smaller spread")
@@ -199,11 +199,14 @@ class ParticleOptimizer(Optimizer):
 
         Where no loss is finite, it is the previous one.
         """
-        mine = losses = self._mean_over_data(losses)
+        losses = self._mean_over_data(losses).nan_to_num(math.inf, math.inf, math.inf)
+        own, index = losses.min(0)
+        lowest = own
         if self.particles_sharded:
             losses = self._all_gather(losses)
+            lowest = losses.amin()
         share, alpha = self.param_groups[0]["effective_sample_size"], self.param_groups[0]["alpha"]
-        weights, lowest = consensus_weights(losses, alpha if share is None else alpha_for_sample_size(losses, share))
+        weights = consensus_weights(losses, alpha if share is None else alpha_for_sample_size(losses, share))
         if self.particles_sharded:
             weights = weights.tensor_split(dist.get_world_size(self._group))[dist.get_rank(self._group)]
         # `out=` keeps autocast away from this product.
@@ -211,13 +214,12 @@ class ParticleOptimizer(Optimizer):
         for group, columns in self._columns():
             if group["lr"] == 0:
                 point[columns] = swarm["consensus"][columns]
-        self._lowest = torch.minimum(self._lowest, lowest)
-        own, index = mine.where(mine.isfinite(), math.inf).min(0)
+        self._lowest = lowest if self._lowest is None else torch.minimum(self._lowest, lowest)
         better = own < swarm["best_loss"]
         swarm["best_loss"] = torch.where(better, own, swarm["best_loss"])
         swarm["best"] = torch.where(better, points.index_select(0, index[None])[0], swarm["best"])
         swarm["previous"] = swarm["consensus"]
-        swarm["consensus"] = torch.where(lowest.isfinite(), point, swarm["consensus"])
+        swarm["consensus"] = torch.where(lowest < math.inf, point, swarm["consensus"])
         return swarm["consensus"]
 
     def _batched(self, losses_of: Losses) -> Evaluate:
@@ -471,6 +473,8 @@ class ParticleOptimizer(Optimizer):
 
 
 def _needs_argument(closure: Callable[..., Any]) -> bool:
+    if isinstance(closure, FunctionType):  # the usual case, without the time that a signature takes
+        return closure.__code__.co_argcount > len(closure.__defaults__ or ())
     try:
         inspect.signature(closure).bind()
     except TypeError:

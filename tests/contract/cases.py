@@ -1213,7 +1213,14 @@ _TINY_ROLLOUTS = [
 ]  # fmt: skip
 
 
+_TINY_LANDSCAPE = ["--model.num_runs=2", "--model.steps_per_epoch=3", "--trainer.max_epochs=1"]
+
+
 RECIPES: dict[str, RecipeCase] = {
+    "cbo/ackley": RecipeCase(_TINY_LANDSCAPE),
+    "cbo/digits": RecipeCase(_TINY),
+    "cbo/illustrations": RecipeCase(_TINY_LANDSCAPE),
+    "cbo/rastrigin": RecipeCase(_TINY_LANDSCAPE),
     "mdpo/half_cheetah": RecipeCase(_TINY_ROLLOUTS),
     "mdpo/hopper": RecipeCase(_TINY_ROLLOUTS),
     "mdpo/inverted_pendulum": RecipeCase(_TINY_ROLLOUTS),
