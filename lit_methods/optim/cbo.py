@@ -167,22 +167,25 @@ class CBO(ParticleOptimizer):
         shared, particles = self.param_groups[0], swarm["particles"]
         size = self._local(shared["particle_batch_size"] or self.num_particles)
         if size == len(particles):
-            self._move(particles, self._find_consensus(swarm, particles, evaluate(particles)))
-            self._follow_gradient(particles, evaluate)
-            return
-        order = torch.randperm(len(particles), generator=self._generator, device=particles.device)
-        batch = self._buffer("batch", size, particles.shape[1])
-        for rows in order.split(size):
-            torch.index_select(particles, 0, rows, out=batch)
-            point = self._find_consensus(swarm, batch, evaluate(batch))
-            moved = particles if shared["update"] == "full" else batch
-            self._move(moved, point)
-            self._follow_gradient(moved, evaluate)
-            if moved is batch:
-                particles.index_copy_(0, rows, batch)
+            self._move(particles, self._find_consensus(swarm, particles, evaluate(particles)), evaluate)
+        else:
+            order = torch.randperm(len(particles), generator=self._generator, device=particles.device)
+            batch = self._buffer("batch", size, particles.shape[1])
+            for start in range(0, len(particles), size):
+                rows = order[start : start + size]
+                torch.index_select(particles, 0, rows, out=batch)
+                last = start + size == len(particles)
+                point = self._find_consensus(swarm, batch, evaluate(batch), last)
+                if shared["update"] == "full":
+                    self._move(particles, point, evaluate)
+                else:
+                    self._move(batch, point, evaluate)
+                    particles.index_copy_(0, rows, batch)
+        if self._change < shared["stall_tol"]:
+            self._shake(particles)
 
-    def _move(self, points: Tensor, consensus: Tensor) -> None:
-        """Drift and noise, in place; a group with ``lr=0`` stays where it is."""
+    def _move(self, points: Tensor, consensus: Tensor, evaluate: Evaluate) -> None:
+        """Drift and noise, in place, then the gradient's drift; a group with ``lr=0`` stays where it is."""
         isotropic = self.param_groups[0]["noise"] == "isotropic"
         distance = torch.linalg.vector_norm(points - consensus, dim=1, keepdim=True) if isotropic else None
         for group, columns in self._columns():
@@ -196,19 +199,15 @@ class CBO(ParticleOptimizer):
                 self._fill_normal(noise, 0.0, spread)
                 torch.lerp(center, part, drift, out=part)
                 part.addcmul_(noise, distance)
+        if self.param_groups[0]["gradient_drift"]:
+            gradient = self._mean_over_data(_gradient(points, evaluate))
+            for group, columns in self._columns():
+                points[:, columns].sub_(gradient[:, columns], alpha=group["gradient_drift"] * group["lr"])
 
-    def _follow_gradient(self, points: Tensor, evaluate: Evaluate) -> None:
-        if not self.param_groups[0]["gradient_drift"]:
-            return
-        gradient = self._mean_over_data(_gradient(points, evaluate))
+    def _shake(self, particles: Tensor) -> None:
+        """Restart a swarm whose consensus stands still."""
         for group, columns in self._columns():
-            points[:, columns].sub_(gradient[:, columns], alpha=group["gradient_drift"] * group["lr"])
-
-    def _after_step(self, swarm: dict[str, Any], change: float) -> None:
-        if not change < self.param_groups[0]["stall_tol"]:
-            return
-        for group, columns in self._columns():
-            part = swarm["particles"][:, columns]
+            part = particles[:, columns]
             noise = self._buffer("noise", *part.shape)
             self._fill_normal(noise, 0.0, group["sigma"] * group["lr"] ** 0.5)
             part.add_(noise)

@@ -12,13 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lit_methods.optim.flat_parameters import is_dtensor
+
 Particles = dict[str, Tensor]
 Losses = Callable[[Particles], Tensor]
 Evaluate = Callable[[Tensor], Tensor]
 _RANK_STRIDE = 0x9E3779B97F4A7C15  # apart from one another for any seed
 
 
-def consensus_weights(losses: Tensor, alpha: float | Tensor) -> Tensor:
+def consensus_weights(losses: Tensor, alpha: float | Tensor, lowest: Tensor | None = None) -> Tensor:
     """``softmax(-alpha losses)``; NaN when no loss is finite.
 
     Any ``alpha`` from 0 (equal weights) to infinity (the best particle) is exact: the lowest loss is subtracted first.
@@ -26,11 +28,12 @@ def consensus_weights(losses: Tensor, alpha: float | Tensor) -> Tensor:
     Args:
         losses: ``(n,)``, float32 or float64; infinite ones have weight 0.
         alpha: inverse temperature, >= 0; a tensor must be > 0 and finite.
+        lowest: the lowest loss, where it is known.
     """
     if not isinstance(alpha, Tensor):
         limits = torch.finfo(losses.dtype)
         alpha = min(max(alpha, limits.tiny), limits.max)  # 0 and infinity times infinite losses would be NaN
-    return (losses - losses.amin()).mul_(-alpha).softmax(0)
+    return (losses - (losses.amin() if lowest is None else lowest)).mul_(-alpha).softmax(0)
 
 
 def alpha_for_sample_size(losses: Tensor, share: float, steps: int = 40) -> Tensor:
@@ -59,8 +62,11 @@ class ParticleOptimizer(Optimizer):
     _last_views: tuple[Tensor, Particles] | None
     _buffers: dict[tuple[str, int, int], Tensor]
     _generator: torch.Generator | None
+    _ready: bool
     _consolidated: dict[str, Any] | None
-    _lowest: Tensor | None
+    _seen: list[tuple[Tensor, Tensor, Tensor]]  # this rank's and all ranks' lowest loss, and its particle, by batch
+    _lowest: float  # loss of this step
+    _change: float  # how far the consensus moved last, in the coordinate that moved most
 
     def __init__(
         self,
@@ -75,6 +81,7 @@ class ParticleOptimizer(Optimizer):
         if seed is not None and seed < 0:
             raise ValueError(f"seed must be >= 0, or None for one from the global generator, got {seed}")
         self._seed, self._shard, self._group = seed, shard, process_group
+        self._generator = None
         self._forget()
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
 
@@ -89,6 +96,8 @@ class ParticleOptimizer(Optimizer):
             for p in self.param_groups[-1]["params"]:
                 if not p.is_floating_point():
                     raise ValueError(f"params must be real floating point, got {p.dtype}; view complex ones as real")
+                if is_dtensor(p):
+                    raise ValueError("params must not be DTensors: FSDP2 and tensor parallelism are not supported")
         except ValueError:
             self.param_groups.pop()
             raise
@@ -111,7 +120,8 @@ class ParticleOptimizer(Optimizer):
         swarm = self._prepare()
         best = swarm["best"]
         if self.particles_sharded:
-            losses, points = self._all_gather(swarm["best_loss"][None]), self._all_gather(best[None])
+            losses = self._all_gather(best.new_tensor([swarm["best_loss"]]))
+            points = self._all_gather(best[None])
             best = points[losses.argmin()]
         return self._one(best)
 
@@ -166,25 +176,14 @@ class ParticleOptimizer(Optimizer):
             if loss is None:
                 return None
         evaluate = self._one_by_one(closure) if not callable(losses_of) else self._batched(losses_of)
-        self._lowest = self._consolidated = None
+        self._consolidated, self._seen = None, []
         self._advance(swarm, evaluate)
-        assert self._lowest is not None
-        change = torch.linalg.vector_norm(swarm["consensus"] - swarm["previous"], math.inf)
-        lowest, change = torch.stack([self._lowest, change]).tolist()  # the one host synchronisation
-        if lowest == math.inf:
-            raise RuntimeError("no particle has a finite loss; check the loss, or start with a smaller spread")
-        if not math.isfinite(change):
-            raise RuntimeError("the particles have diverged; use a smaller sigma or lr")
-        self._after_step(swarm, change)
         self._write(swarm["consensus"])
         return self._lowest if callable(losses_of) else loss
 
     def _advance(self, swarm: dict[str, Any], evaluate: Evaluate) -> None:
         """Move the particles and the consensus point."""
         raise NotImplementedError
-
-    def _after_step(self, swarm: dict[str, Any], change: float) -> None:
-        """React to how far the consensus moved last, in the coordinate that moved most."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for name in ("lr", "alpha"):
@@ -194,19 +193,22 @@ class ParticleOptimizer(Optimizer):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"effective_sample_size must be in (0, 1), or None, got {share}")
 
-    def _find_consensus(self, swarm: dict[str, Any], points: Tensor, losses: Tensor) -> Tensor:
-        """The consensus point of ``points`` (n, d), identical on all ranks; keeps book of the best particle.
+    def _find_consensus(self, swarm: dict[str, Any], points: Tensor, losses: Tensor, last: bool = True) -> Tensor:
+        """The consensus point of ``points`` (n, d), identical on all ranks; where no loss is finite, the previous one.
 
-        Where no loss is finite, it is the previous one.
+        ``last`` says that no other particle batch follows in this step: it is then that the host learns how the step
+        went, before the particles move.
         """
         losses = self._mean_over_data(losses).nan_to_num(math.inf, math.inf, math.inf)
-        own, index = losses.min(0)
+        mine, own = losses, losses.amin()
         lowest = own
         if self.particles_sharded:
             losses = self._all_gather(losses)
             lowest = losses.amin()
         share, alpha = self.param_groups[0]["effective_sample_size"], self.param_groups[0]["alpha"]
-        weights = consensus_weights(losses, alpha if share is None else alpha_for_sample_size(losses, share))
+        if share is not None:
+            alpha = alpha_for_sample_size(losses, share)
+        weights = consensus_weights(losses, alpha, lowest)
         if self.particles_sharded:
             weights = weights.tensor_split(dist.get_world_size(self._group))[dist.get_rank(self._group)]
         # `out=` keeps autocast away from this product.
@@ -214,13 +216,34 @@ class ParticleOptimizer(Optimizer):
         for group, columns in self._columns():
             if group["lr"] == 0:
                 point[columns] = swarm["consensus"][columns]
-        self._lowest = lowest if self._lowest is None else torch.minimum(self._lowest, lowest)
-        better = own < swarm["best_loss"]
-        swarm["best_loss"] = torch.where(better, own, swarm["best_loss"])
-        swarm["best"] = torch.where(better, points.index_select(0, index[None])[0], swarm["best"])
-        swarm["previous"] = swarm["consensus"]
-        swarm["consensus"] = torch.where(lowest < math.inf, point, swarm["consensus"])
+        if last:
+            self._end_step(swarm, points, mine, (own, lowest), point)
+        else:
+            self._seen.append((own, lowest, _row(points, mine.argmin())))
+            swarm["previous"] = swarm["consensus"]
+            swarm["consensus"] = torch.where(lowest < math.inf, point, swarm["consensus"])
         return swarm["consensus"]
+
+    def _end_step(
+        self, swarm: dict[str, Any], points: Tensor, losses: Tensor, lows: tuple[Tensor, Tensor], point: Tensor
+    ) -> None:
+        """Learn the lowest losses and how far the consensus moves (the one host synchronisation); keep the best."""
+        change = torch.linalg.vector_norm(point - swarm["consensus"], math.inf)
+        found = [*(x for own, lowest, _ in self._seen for x in (own, lowest)), *lows, change]
+        *numbers, self._change = torch.stack(found).tolist()
+        own, lowest = numbers[::2], numbers[1::2]
+        self._lowest = min(lowest)
+        if self._lowest == math.inf:
+            raise RuntimeError("no particle has a finite loss; check the loss, or start with a smaller spread")
+        if min(own) < swarm["best_loss"]:
+            swarm["best_loss"] = min(own)
+            which = own.index(min(own))
+            swarm["best"] = self._seen[which][2] if which < len(self._seen) else _row(points, losses.argmin())
+        swarm["previous"] = swarm["consensus"]
+        if lowest[-1] < math.inf:
+            if not math.isfinite(self._change):
+                raise RuntimeError("the particles have diverged; use a smaller sigma or lr")
+            swarm["consensus"] = point
 
     def _batched(self, losses_of: Losses) -> Evaluate:
         def evaluate(points: Tensor) -> Tensor:
@@ -258,7 +281,8 @@ class ParticleOptimizer(Optimizer):
         return {name: part.view(len(points), *p.shape) for (name, p, _), part in zip(self._layout, parts, strict=True)}
 
     def _one(self, point: Tensor) -> Particles:
-        return {name: value[0] for name, value in self._by_name(point[None]).items()}
+        parts = point.split([size for _, _, size in self._layout])
+        return {name: part.view(p.shape) for (name, p, _), part in zip(self._layout, parts, strict=True)}
 
     def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
         """Scratch memory ``(rows, columns)``, the same tensor while the size stays the same."""
@@ -307,14 +331,14 @@ class ParticleOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drop what is derived from groups and state."""
-        self._cached_layout = self._cached_columns = self._last_views = None
-        self._generator = self._consolidated = None
+        self._cached_layout = self._cached_columns = self._last_views = self._consolidated = None
         self._buffers = {}
+        self._ready = False
 
     def _prepare(self) -> dict[str, Any]:
         """The swarm and its generator: made at the first use, brought up to date after anything that may move them."""
         device = self._layout[0][1].device
-        if self._generator is not None and self._generator.device == device:
+        if self._ready and self._generator is not None and self._generator.device == device:
             return self.state["swarm"]
         double = any(p.dtype == torch.float64 for _, p, _ in self._layout)
         dtype = torch.float64 if double else torch.float32
@@ -322,10 +346,11 @@ class ParticleOptimizer(Optimizer):
         if "seed" not in swarm:
             swarm["seed"] = self._agree_on_seed(device)
             swarm["generators"] = []
-        for key in ("particles", "consensus", "previous", "best", "best_loss"):
+        for key in ("particles", "consensus", "previous", "best"):
             if key in swarm:
                 swarm[key] = swarm[key].to(device, dtype)
-        self._generator = self._make_generator(swarm, device)
+        if self._generator is None or self._generator.device != device:
+            self._generator = self._make_generator(swarm, device)
         current = torch.cat([p.detach().flatten().to(dtype) for _, p, _ in self._layout])
         rows = self._local(self.num_particles)
         if "particles" not in swarm:
@@ -333,7 +358,7 @@ class ParticleOptimizer(Optimizer):
             swarm["consensus"] = current
             swarm["previous"] = current.clone()
             swarm["best"] = torch.full_like(current, math.nan)
-            swarm["best_loss"] = current.new_tensor(math.inf)
+            swarm["best_loss"] = math.inf
             self._warn_of_divergence(len(current))
         elif (known := swarm["particles"].shape[1]) < len(current):  # a parameter group was added
             more = current[known:]
@@ -342,6 +367,7 @@ class ParticleOptimizer(Optimizer):
                 swarm[key] = torch.cat([swarm[key], more])
         elif known > len(current):
             raise ValueError(f"the particles have {known} coordinates, the trainable parameters {len(current)}")
+        self._ready = True
         return swarm
 
     def _initial(self, current: Tensor, rows: int) -> Tensor:
@@ -361,9 +387,11 @@ class ParticleOptimizer(Optimizer):
 
     def _make_generator(self, swarm: dict[str, Any], device: torch.device) -> torch.Generator:
         generator = torch.Generator(device)
-        stream = dist.get_rank(self._group) if self.particles_sharded else 0
+        stream, streams = 0, 1
+        if self.particles_sharded:
+            stream, streams = dist.get_rank(self._group), dist.get_world_size(self._group)
         saved = swarm["generators"]
-        if len(saved) == (dist.get_world_size(self._group) if self.particles_sharded else 1):
+        if len(saved) == streams and len(saved[stream]) == len(generator.get_state()):
             return generator.set_state(saved[stream].cpu())
         return generator.manual_seed((swarm["seed"] + (len(saved) * 1000 + stream) * _RANK_STRIDE) % 2**63)
 
@@ -424,13 +452,16 @@ class ParticleOptimizer(Optimizer):
         """Gather sharded particles on rank ``to``; a collective call, which Lightning makes before it saves."""
         if not (self.particles_sharded and "swarm" in self.state):
             return
-        self._prepare()
-        parts: list[Any] = [None] * dist.get_world_size(self._group)
         mine = {
             key: value.cpu() if isinstance(value, Tensor) else value for key, value in self._with_generator().items()
         }
-        dist.all_gather_object(parts, mine, group=self._group)
-        best = min(parts, key=lambda part: float(part["best_loss"]))
+        parts: list[Any] | None = None
+        if dist.get_rank(self._group) == to:
+            parts = [None] * dist.get_world_size(self._group)
+        dist.gather_object(mine, parts, group=self._group, group_dst=to)
+        if parts is None:
+            return
+        best = min(parts, key=lambda part: part["best_loss"])
         self._consolidated = {
             **mine,
             "particles": torch.cat([part["particles"] for part in parts]),
@@ -442,11 +473,12 @@ class ParticleOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; tensors are copied. With ``shard="particles"`` each rank keeps its own particles.
 
-        On another number of ranks than it was saved on, the noise of the following steps is another.
+        On another number of ranks or kind of device than it was saved on, the noise of the following steps is another.
         """
         super().load_state_dict({**state_dict, "state": {}})
         self.defaults.update({key: self.param_groups[0][key] for key in self._shared})
         self.state.clear()
+        self._generator = None
         self._forget()
         if "swarm" in state_dict["state"]:
             swarm = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state_dict["state"]["swarm"].items()}
@@ -464,12 +496,18 @@ class ParticleOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_group", None)
+        self._generator = None
         self._forget()
 
     def _with_generator(self) -> dict[str, Any]:
         swarm = self._prepare()
         assert self._generator is not None
         return {**swarm, "generators": [self._generator.get_state()]}
+
+
+def _row(points: Tensor, index: Tensor) -> Tensor:
+    """A copy of row ``index`` (a scalar tensor), without a host synchronisation."""
+    return points.index_select(0, index.view(1))[0]
 
 
 def _needs_argument(closure: Callable[..., Any]) -> bool:

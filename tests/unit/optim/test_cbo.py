@@ -538,6 +538,20 @@ def test_resumes_to_the_bit_and_copies_agree(kind) -> None:
         assert torch.equal(again.best_particle()["x"], optimizer.best_particle()["x"])
 
 
+def test_an_added_group_extends_the_particles_and_the_noise_goes_on() -> None:
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(3))
+    optimizer = CBO(
+        [("a", a)], num_particles=6, particle_batch_size=None, init_std=0.01, init_around_current=True, seed=0
+    )
+    first = optimizer.particles["a"].clone()
+    optimizer.add_param_group({"params": [("b", b)]})
+    assert torch.equal(optimizer.particles["a"], first)
+    assert (optimizer.particles["b"] - 1).abs().max() < 0.1
+    assert not torch.equal(optimizer.particles["b"][:, :2] - 1, first), "the same numbers were drawn again"
+    optimizer.step(lambda p: p["a"].square().sum(-1) + p["b"].square().sum(-1))
+    torch.testing.assert_close(b.detach(), optimizer.consensus()["b"])
+
+
 def test_a_state_of_other_parameters_is_refused() -> None:
     _, optimizer = swarm(points(12, 3))
     optimizer.step(quadratic)
