@@ -1,11 +1,18 @@
 """Consensus-based optimization on two real processes: particles or data shared out."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from tests.cli import run_new_process
+from tests.contract.cases import MODULES
+from tests.contract.compare import assert_same
+from tests.contract.module_checks import resume_callbacks, write_config
 from tests.distributed.launch import run_ranks
 
 STEPS = 5
@@ -179,3 +186,22 @@ def too_many_ranks(rank: int) -> str:
 
 def test_particles_that_cannot_be_shared_out_are_refused(runs) -> None:
     assert all("multiples of the 2 ranks, got 5" in run["refused"] for run in runs)
+
+
+@pytest.mark.slow
+def test_a_trainer_with_sharded_particles_resumes_to_the_bit(tmp_path) -> None:
+    case = MODULES["lit_methods.black_box.CBOModule"]
+    config = copy.deepcopy(case.config)
+    config["model"]["init_args"]["optimizer"]["init_args"]["shard"] = "particles"
+    case = dataclasses.replace(case, config=config)
+    two = {"strategy": "ddp", "devices": 2, "max_steps": 6}
+    path = write_config(case, tmp_path, **two, callbacks=resume_callbacks("whole"))
+    run_new_process(tmp_path, "fit", "--config", path)
+    path = write_config(case, tmp_path, **two, callbacks=resume_callbacks("resumed"))
+    run_new_process(tmp_path, "fit", "--config", path, "--ckpt_path", "whole/step=3.ckpt")
+    whole, resumed = (torch.load(tmp_path / run / "step=6.ckpt", weights_only=True) for run in ("whole", "resumed"))
+    swarm = whole["optimizer_states"][0]["state"]["swarm"]
+    assert len(swarm["particles"]) == 8
+    assert len(swarm["generators"]) == 2
+    for part in ("state_dict", "optimizer_states"):
+        assert_same(resumed[part], whole[part], part)
