@@ -42,6 +42,8 @@ class CBO(ParticleOptimizer):
     Particles contract in the mean square if :math:`(1 - \lambda \Delta t)^2 + \sigma^2 \Delta t < 1`, with isotropic
     noise :math:`\sigma^2 \Delta t\, d`; almost surely for rather larger sigma. A warning says when they will not.
 
+    The particles are the state: weights written into the model from elsewhere have no effect on later steps.
+
     Memory: ``4 N d`` bytes (8 with float64 parameters) and as much for the noise. Particles are float32 also for lower
     precision parameters, which get the rounded consensus. Time beyond the losses: N d normal draws for each particle
     batch. Host synchronisations: one a step, for ``stall_tol`` and to find that losses or particles are not finite. A
@@ -79,6 +81,12 @@ class CBO(ParticleOptimizer):
 
     Raises:
         ValueError: an argument out of range.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = CBO(model, num_particles=50)
+        >>> batch = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> loss = optimizer.step(particle_losses(model, torch.nn.functional.cross_entropy, batch))
     """
 
     _shared = (
