@@ -41,7 +41,7 @@ def alpha_for_sample_size(losses: Tensor, share: float, steps: int = 40) -> Tens
 
     The effective sample size ``(sum w)^2 / sum w^2`` falls from n to 1 as alpha grows. No host synchronisation.
     """
-    low, high = losses.new_tensor(1e-5).log(), losses.new_tensor(1e15).log()
+    low, high = (losses.new_full((), math.log(bound)) for bound in (1e-5, 1e15))
     for _ in range(steps):
         middle = (low + high) / 2
         too_even = 1 / consensus_weights(losses, middle.exp()).square().sum() > share * len(losses)
