@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from lit_methods.callbacks.cbo_cooling import CBOCooling
     from lit_methods.callbacks.convergence_curves import ConvergenceCurves
     from lit_methods.callbacks.convergence_rates import ConvergenceRates
     from lit_methods.callbacks.empirical_fisher_monitor import EmpiricalFisherMonitor
     from lit_methods.callbacks.exact_resume import ExactResume
     from lit_methods.callbacks.export_hf import ExportHF
     from lit_methods.callbacks.factor_rebalancing import FactorRebalancing
+    from lit_methods.callbacks.landscape_paths import LandscapePaths
     from lit_methods.callbacks.learning_curves import LearningCurves
     from lit_methods.callbacks.mfac_pruning import MFACPruning
     from lit_methods.callbacks.policy_evaluation import PolicyEvaluation
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
     from lit_methods.callbacks.win_rate import WinRate
 
 __all__ = [
+    "CBOCooling",
     "ConvergenceCurves",
     "ConvergenceRates",
     "EmpiricalFisherMonitor",
     "ExactResume",
     "ExportHF",
     "FactorRebalancing",
+    "LandscapePaths",
     "LearningCurves",
     "MFACPruning",
     "PolicyEvaluation",
@@ -48,12 +52,14 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "CBOCooling": "cbo_cooling",
         "ConvergenceCurves": "convergence_curves",
         "ConvergenceRates": "convergence_rates",
         "EmpiricalFisherMonitor": "empirical_fisher_monitor",
         "ExactResume": "exact_resume",
         "ExportHF": "export_hf",
         "FactorRebalancing": "factor_rebalancing",
+        "LandscapePaths": "landscape_paths",
         "LearningCurves": "learning_curves",
         "MFACPruning": "mfac_pruning",
         "PolicyEvaluation": "policy_evaluation",

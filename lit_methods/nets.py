@@ -47,6 +47,62 @@ class MLP(nn.Sequential):
         return super().forward(x)
 
 
+class PostNormMLP(nn.Sequential):
+    """Multilayer perceptron whose every layer, also the last, ends in ReLU and a batch normalisation without weights.
+
+    The classifiers of consensus-based optimization (arXiv 2306.09778) have this shape: ``PostNormMLP(784, [10])`` and
+    ``PostNormMLP(784, [20, 10, 10, 10])``.
+
+    Args:
+        in_features: number of input values per example after flattening.
+        widths: width of each layer; the last is the number of outputs.
+
+    Shape:
+        ``(batch, ...)`` with ``in_features`` values per example -> ``(batch, widths[-1])``.
+
+    Raises:
+        ValueError: no layer, or a width below 1.
+    """
+
+    def __init__(self, in_features: int, widths: list[int]) -> None:
+        if not widths or min(in_features, *widths) < 1:
+            raise ValueError(f"in_features and widths must be at least 1, got {in_features} and {widths}")
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in pairwise([in_features, *widths]):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU(), nn.BatchNorm1d(fan_out, eps=1e-4, affine=False)]
+        super().__init__(*layers)
+
+
+class PostNormCNN(nn.Sequential):
+    """Two 5x5 convolutions with 4 and 3 channels, each pooled by 2, and a dense layer; see :class:`PostNormMLP`.
+
+    Args:
+        num_classes: number of outputs, >= 1.
+        in_channels: channels of the images, >= 1.
+        image_size: height and width, >= 16.
+
+    Shape:
+        ``(batch, in_channels, image_size, image_size)`` -> ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> None:
+        if num_classes < 1 or in_channels < 1 or image_size < 16:
+            raise ValueError(
+                "num_classes and in_channels must be at least 1 and image_size at least 16, got "
+                f"{num_classes}, {in_channels} and {image_size}"
+            )
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in ((in_channels, 4), (4, 3)):
+            norm = nn.BatchNorm2d(fan_out, eps=1e-4, affine=False)
+            layers += [nn.Conv2d(fan_in, fan_out, 5), nn.ReLU(), norm, nn.MaxPool2d(2)]
+        side = ((image_size - 4) // 2 - 4) // 2
+        head = [nn.Linear(3 * side**2, num_classes), nn.ReLU(), nn.BatchNorm1d(num_classes, eps=1e-4, affine=False)]
+        super().__init__(*layers, nn.Flatten(), *head)
+
+
 class LinearFeedback(nn.Module):
     """A fixed linear controller ``u = -K x``, for example the expert of an imitation experiment.
 

@@ -6,6 +6,7 @@ from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from lit_methods.optim.armijo_sgd import ArmijoSGD
+    from lit_methods.optim.cbo import CBO, ConsensusHopping, particle_losses
     from lit_methods.optim.constraints import Ball, Box, L1Ball, Simplex
     from lit_methods.optim.extragradient import ExtraAdam, ExtraGradient
     from lit_methods.optim.fisher_inverse import FisherInverse, collect_gradients
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
     from lit_methods.optim.sso import SSO
 
 __all__ = [
+    "CBO",
     "MDPO",
     "MFAC",
     "SSO",
     "ArmijoSGD",
     "Ball",
     "Box",
+    "ConsensusHopping",
     "DiagonalAdaGrad",
     "Entropy",
     "Euclidean",
@@ -56,6 +59,7 @@ __all__ = [
     "Simplex",
     "UnnormalizedEntropy",
     "collect_gradients",
+    "particle_losses",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -64,6 +68,8 @@ __getattr__, __dir__ = lazy_exports(
         "ArmijoSGD": "armijo_sgd",
         "Ball": "constraints",
         "Box": "constraints",
+        "CBO": "cbo",
+        "ConsensusHopping": "cbo",
         "DiagonalAdaGrad": "mirror_maps",
         "Entropy": "mirror_maps",
         "Euclidean": "mirror_maps",
@@ -88,5 +94,6 @@ __getattr__, __dir__ = lazy_exports(
         "Simplex": "constraints",
         "UnnormalizedEntropy": "mirror_maps",
         "collect_gradients": "fisher_inverse",
+        "particle_losses": "cbo",
     },
 )

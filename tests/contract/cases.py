@@ -1,87 +1,25 @@
 """One case per public piece: how to build it, what it must refuse, and why a check does not apply."""
 
+import numpy as np
+import torch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
 from lit_methods.batches import InteractionBatch, SupervisedBatch
-from lit_methods.callbacks import (
-    ConvergenceCurves,
-    ConvergenceRates,
-    EmpiricalFisherMonitor,
-    ExactResume,
-    ExportHF,
-    FactorRebalancing,
-    LearningCurves,
-    MFACPruning,
-    PolicyEvaluation,
-    PolicyFrames,
-    PruningCurve,
-    ResultTable,
-    SampleTable,
-    SFTWarmup,
-    SurrogateMonitor,
-    TargetCapture,
-    TransportTable,
-    WinRate,
-)
-from lit_methods.datamodules import (
-    BreastCancerDataModule,
-    CIFAR10DataModule,
-    CIFAR100DataModule,
-    CovertypeDataModule,
-    D4RLDataModule,
-    DigitPointsDataModule,
-    DigitsDataModule,
-    DriftingDigitsDataModule,
-    FashionMNISTDataModule,
-    GLUEDataModule,
-    ImitationDataModule,
-    InteractionsDataModule,
-    LibSVMDataModule,
-    MatrixFactorizationDataModule,
-    MNISTDataModule,
-    MovieLensDataModule,
-    MSDTasteProfileDataModule,
-    NetflixPrizeDataModule,
-    PromptDataModule,
-    ReplayDataModule,
-    RolloutDataModule,
-    SEADataModule,
-    SensingDataModule,
-    TensorDataModule,
-    WordGameDataModule,
-    save_transitions_hdf5,
-)
+from lit_methods.callbacks import CBOCooling, ConvergenceCurves, ConvergenceRates, EmpiricalFisherMonitor, ExactResume, ExportHF, FactorRebalancing, LandscapePaths, LearningCurves, MFACPruning, PolicyEvaluation, PolicyFrames, PruningCurve, ResultTable, SFTWarmup, SampleTable, SurrogateMonitor, TargetCapture, TransportTable, WinRate
+from lit_methods.datamodules import BreastCancerDataModule, CIFAR100DataModule, CIFAR10DataModule, CovertypeDataModule, D4RLDataModule, DigitPointsDataModule, DigitsDataModule, DriftingDigitsDataModule, FashionMNISTDataModule, GLUEDataModule, ImitationDataModule, InteractionsDataModule, LibSVMDataModule, MNISTDataModule, MSDTasteProfileDataModule, MatrixFactorizationDataModule, MovieLensDataModule, NetflixPrizeDataModule, PromptDataModule, ReplayDataModule, RolloutDataModule, SEADataModule, SensingDataModule, TensorDataModule, WordGameDataModule, save_transitions_hdf5
 from lit_methods.games import MatrixGame, PreferenceGame, RingGAN
 from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
-from lit_methods.nets import MLP, LinearFeedback
+from lit_methods.nets import LinearFeedback, MLP, PostNormMLP
 from lit_methods.online import OnlineImitation, OnlineLearning
-from lit_methods.optim import (
-    MDPO,
-    MFAC,
-    SSO,
-    ArmijoSGD,
-    ExtraAdam,
-    ExtraGradient,
-    ImplicitOMD,
-    OptimisticAdam,
-    OptimisticEnsemble,
-    OptimisticFTL,
-    OptimisticFTRL,
-    OptimisticOMD,
-    OptimisticOnlineNewton,
-)
+from lit_methods.optim import ArmijoSGD, CBO, ConsensusHopping, ExtraAdam, ExtraGradient, ImplicitOMD, MDPO, MFAC, OptimisticAdam, OptimisticEnsemble, OptimisticFTL, OptimisticFTRL, OptimisticOMD, OptimisticOnlineNewton, SSO
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
@@ -94,6 +32,7 @@ from tests.glue_files import write_glue
 from tests.idx_files import write_mnist
 from tests.interaction_files import write_msd, write_netflix, write_u_data
 from tests.unit.llm.tiny import save_tiny_chat
+from lit_methods.black_box import CBOModule, LandscapeMinimization, Rastrigin
 
 Arguments = dict[str, Any]
 
@@ -107,6 +46,7 @@ class OptimizerCase:
     bad: list[tuple[Arguments, str]]
     closure_calls: int = 1
     host_syncs: bool = False  # whether the docstring declares host synchronisations
+    draws_noise: bool = False  # whether steps are random: devices have different streams of random numbers
     module_argument: str | None = None  # the constructor's name for the module that holds the parameters
     not_applicable: dict[str, str] = field(default_factory=dict)
 
@@ -168,7 +108,57 @@ _ADAM_ARGUMENTS: list[tuple[Arguments, str]] = [
     ({"weight_decay": -0.1}, "weight_decay must be"),
 ]
 
+_LOSSES_ONLY = {
+    "check_skips_missing_gradients": (
+        "Gradients are never read; a parameter that the loss does not depend on follows the particles, as documented."
+    ),
+}
+
 OPTIMIZERS: dict[str, OptimizerCase] = {
+    "lit_methods.optim.CBO": OptimizerCase(
+        CBO,
+        {"num_particles": 20, "particle_batch_size": 10, "init_std": 0.5, "init_around_current": True, "seed": 0},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lambda_": 0.0}, "lambda_ must be"),
+            ({"sigma": -1.0}, "sigma must be"),
+            ({"num_particles": 0}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"noise": "gaussian"}, "noise must be"),
+            ({"particle_batch_size": 0}, "particle_batch_size must be"),
+            ({"update": "half"}, "update must be"),
+            ({"init_std": 0.0}, "init_std must be"),
+            ({"stall_tol": -1.0}, "stall_tol must be"),
+            ({"effective_sample_size": 1.0}, "effective_sample_size must be"),
+            ({"gradient_drift": -1.0}, "gradient_drift must be"),
+            ({"seed": -1}, "seed must be"),
+            ({"shard": "model"}, "shard must be"),
+        ],
+        closure_calls=21,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.ConsensusHopping": OptimizerCase(
+        ConsensusHopping,
+        {"num_particles": 20, "alpha": 50.0, "width": 0.2, "seed": 0},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lr": 1.5}, "lr must be"),
+            ({"num_particles": 1}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"width": 0.0}, "width must be"),
+            ({"width_decay": 1.5}, "width_decay must be"),
+            ({"width_decay_every": 0}, "width_decay_every must be"),
+            ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
+            ({"seed": -1}, "seed must be"),
+            ({"shard": "model"}, "shard must be"),
+        ],
+        closure_calls=21,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
     "lit_methods.optim.MDPO": OptimizerCase(
         MDPO,
         {"lr": 0.01, "inner_steps": 3},
@@ -434,6 +424,55 @@ MODULES: dict[str, ModuleCase] = {
             for arguments, message in [*_AUTOENCODER_ARGUMENTS, ({"l2_penalty": -0.1}, "l2_penalty must be")]
         ],
         prepare=write_u_data,
+def _landscape(**arguments: Any) -> LandscapeMinimization:
+    return LandscapeMinimization(**({"objective": Rastrigin(), "methods": {"cbo": CBO}, "start": [1.0]} | arguments))
+
+
+MODULES: dict[str, ModuleCase] = {
+    "lit_methods.black_box.CBOModule": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.black_box.CBOModule",
+                network=_module("lit_methods.nets.PostNormMLP", in_features=64, widths=[12, 10]),
+                num_classes=10,
+                optimizer=_module("lit_methods.optim.CBO", num_particles=8, particle_batch_size=4),
+                lr_scheduler=_module("torch.optim.lr_scheduler.StepLR", step_size=1),
+            ),
+            "data": _module("lit_methods.datamodules.DigitsDataModule", batch_size=32),
+        },
+        make=lambda: CBOModule(PostNormMLP(64, [10]), num_classes=10),
+        forward_inputs=lambda: (torch.ones(2, 1, 8, 8),),
+        bad=[
+            (lambda: CBOModule(MLP(4, [], 1), num_classes=1), "num_classes must be"),
+            (lambda: CBOModule(MLP(4, [], 1), chunk_size=0), "chunk_size must be"),
+        ],
+    ),
+    "lit_methods.black_box.LandscapeMinimization": ModuleCase(
+        config={
+            "model": _module(
+                "lit_methods.black_box.LandscapeMinimization",
+                objective=_module("lit_methods.black_box.GrandCanyon"),
+                methods={
+                    "hopping": _module("lit_methods.optim.ConsensusHopping", num_particles=8),
+                    "cbo": _module("lit_methods.optim.CBO", num_particles=8, particle_batch_size=None),
+                    "langevin": _module("lit_methods.black_box.langevin.AnnealedLangevin", lr=1e-3),
+                },
+                start=[8.0, 8.0],
+                num_runs=2,
+                inner_steps={"hopping": 2},
+                steps_per_epoch=8,
+            )
+        },
+        make=lambda: _landscape(num_runs=1),
+        forward_inputs=lambda: (torch.ones(4, 2),),
+        bad=[
+            (lambda: _landscape(methods={}), "methods must name"),
+            (lambda: _landscape(start=[]), "start must hold"),
+            (lambda: _landscape(num_runs=0), "num_runs must be"),
+            (lambda: _landscape(steps_per_epoch=0), "steps_per_epoch must be"),
+            (lambda: _landscape(inner_steps={"sgd": 2}), "inner_steps must give"),
+            (lambda: _landscape(tolerance=0.0), "tolerance must be"),
+        ],
     ),
     "lit_methods.supervised.SSOModule": ModuleCase(
         config={
@@ -767,6 +806,22 @@ _LANGUAGE_MODELS_ONLY = {
 }
 
 CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.CBOCooling": CallbackCase(
+        lambda: CBOCooling(reduction=0.2),
+        bad=[
+            (lambda: CBOCooling(every_n_epochs=0), "every_n_epochs must be"),
+            (lambda: CBOCooling(alpha_factor=0.5), "alpha_factor must be"),
+            (lambda: CBOCooling(reduction=1.0), "reduction must be"),
+        ],
+    ),
+    "lit_methods.callbacks.LandscapePaths": CallbackCase(
+        LandscapePaths,
+        bad=[
+            (lambda: LandscapePaths(low=1.0, high=1.0), "low must be"),
+            (lambda: LandscapePaths(every_n_steps=0), "every_n_steps must be"),
+            (lambda: LandscapePaths(name="a/b"), "name must be"),
+        ],
+    ),
     "lit_methods.callbacks.EmpiricalFisherMonitor": CallbackCase(
         lambda: EmpiricalFisherMonitor(num_grads=4, batch_size=6),
         bad=[
@@ -1240,6 +1295,14 @@ _TINY_MOVIES = [*_TINY, "--data.data_dir=.", "--data.num_heldout_users=10", "--d
 RECIPES: dict[str, RecipeCase] = {
     "mult_vae/ml100k": RecipeCase(_TINY_MOVIES, prepare=write_u_data),
     "mult_vae/ml100k_dae": RecipeCase(_TINY_MOVIES, prepare=write_u_data),
+_TINY_LANDSCAPE = ["--model.num_runs=2", "--model.steps_per_epoch=3", "--trainer.max_epochs=1"]
+
+
+RECIPES: dict[str, RecipeCase] = {
+    "cbo/ackley": RecipeCase(_TINY_LANDSCAPE),
+    "cbo/digits": RecipeCase(_TINY),
+    "cbo/illustrations": RecipeCase(_TINY_LANDSCAPE),
+    "cbo/rastrigin": RecipeCase(_TINY_LANDSCAPE),
     "mdpo/half_cheetah": RecipeCase(_TINY_ROLLOUTS),
     "mdpo/hopper": RecipeCase(_TINY_ROLLOUTS),
     "mdpo/inverted_pendulum": RecipeCase(_TINY_ROLLOUTS),

@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from lit_methods.nets import MLP, CIFARResNet, LinearFeedback, LoRANetwork, PretrainedNetwork, WideResNet
+from lit_methods.nets import (
+    MLP,
+    CIFARResNet,
+    LinearFeedback,
+    LoRANetwork,
+    PostNormCNN,
+    PostNormMLP,
+    PretrainedNetwork,
+    WideResNet,
+)
 
 
 def test_mlp_is_the_stated_chain_of_layers() -> None:
@@ -118,3 +127,20 @@ def test_lora_refuses_bad_arguments() -> None:
         LoRANetwork(MLP(4, [3], 2), 2, 0.0)
     with pytest.raises(ValueError, match=r"no torch\.nn\.Linear"):
         LoRANetwork(nn.ReLU(), 2)
+
+
+def test_post_norm_networks_have_the_stated_layers() -> None:
+    shallow, deep, cnn = PostNormMLP(784, [10]), PostNormMLP(784, [20, 10, 10, 10]), PostNormCNN()
+    images = torch.rand(50, 1, 28, 28)
+    for net, parameters in ((shallow, 7850), (deep, 15700 + 210 + 110 + 110), (cnn, 104 + 303 + 490)):
+        assert sum(p.numel() for p in net.parameters()) == parameters
+        outputs = net(images)
+        assert outputs.shape == (50, 10)
+        torch.testing.assert_close(outputs.mean(0), torch.zeros(10), atol=1e-5, rtol=0)
+    hidden = torch.relu(shallow[1](images.flatten(1)))
+    expected = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-4).sqrt()
+    torch.testing.assert_close(shallow(images), expected)
+    with pytest.raises(ValueError, match="in_features and widths must be"):
+        PostNormMLP(4, [])
+    with pytest.raises(ValueError, match="image_size at least 16"):
+        PostNormCNN(image_size=12)

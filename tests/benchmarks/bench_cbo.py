@@ -1,0 +1,321 @@
+"""Consensus-based optimization beside CBXpy, CMA-ES and evotorch: time of a step, success at equal evaluations.
+
+    python -m tests.benchmarks.bench_cbo [step | success | digits]
+
+One thread; times are CPU times of this process, contenders alternating.
+"""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from tests.benchmarks import harness
+
+PACKAGES = ("cbx", "cma", "evotorch", "numpy")
+DIM = 20
+N = 200
+STEPS = 2000
+START, SPREAD = 2.0, 3.0
+Run = Callable[[int], np.ndarray]
+
+
+# --- time of a step ---------------------------------------------------------------------------------------------------
+
+
+def cpu_alternate(contenders: dict[str, Callable[[], object]], rounds: int, inner: int) -> dict[str, list[float]]:
+    """Like ``harness.alternate``, in CPU seconds: this machine is shared."""
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(rounds + 1):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            start = time.process_time()
+            for _ in range(inner):
+                contenders[name]()
+            if r:
+                seconds[name].append((time.process_time() - start) / inner)
+    return seconds
+
+
+def ours(n: int, d: int, **arguments: Any) -> Callable[[], object]:
+    x = nn.Parameter(torch.zeros(d))
+    optimizer = CBO([("x", x)], num_particles=n, particle_batch_size=None, stall_tol=0.0, seed=0, **arguments)
+    return lambda: optimizer.step(lambda p: p["x"].square().sum(-1))
+
+
+def cbx_step(n: int, d: int, runs: int = 1, backend: str = "numpy", noise: str = "anisotropic") -> Callable[[], object]:
+    from cbx.dynamics import CBO as Peer
+    from cbx.utils.torch_utils import to_torch_dynamic
+
+    settings = {"f_dim": "3D", "alpha": 50.0, "dt": 0.1, "lamda": 1.0, "sigma": 0.4**0.5, "noise": noise}
+    if backend == "torch":
+        peer = to_torch_dynamic(Peer)(lambda x: x.square().sum(-1), x=torch.randn(runs, n, d), verbosity=0, **settings)
+    else:
+        x = np.random.default_rng(0).standard_normal((runs, n, d))
+        peer = Peer(lambda x: np.square(x).sum(-1), x=x, verbosity=0, **settings)
+    return peer.step
+
+
+def step() -> None:
+    for n, d, inner in ((100, 20, 100), (200, 20, 100), (200, 650, 20), (100, 10_000, 3)):
+        draws = torch.empty(n, d)
+        contenders: dict[str, Callable[[], object]] = {
+            "ours": ours(n, d),
+            "ours, isotropic": ours(n, d, noise="isotropic", sigma=0.05),
+            "cbx (numpy, float64)": cbx_step(n, d),
+            "cbx (numpy), isotropic": cbx_step(n, d, noise="isotropic"),
+            "cbx (torch, float32)": cbx_step(n, d, backend="torch"),
+            "floor: N d normal draws": draws.normal_,
+        }
+        if d < 1000:
+            contenders["cbx (numpy), 10 runs in one array, each"] = cbx_step(n, d, 10)
+        seconds = cpu_alternate(contenders, rounds=15, inner=inner)
+        many = "cbx (numpy), 10 runs in one array, each"
+        if many in seconds:
+            seconds[many] = [t / 10 for t in seconds[many]]
+        rows = harness.ratios(seconds, "ours")
+        for row in rows:
+            row["steps per second"] = round(1e3 / row["median_ms"])
+        harness.save("cbo", f"one step, N={n}, d={d}, sum of squares, CPU time", rows, PACKAGES)
+
+
+# --- success at equal evaluations -------------------------------------------------------------------------------------
+
+
+def rastrigin(x: Any, lib: Any) -> Any:
+    return (x**2 + 2.5 * (1 - lib.cos(2 * np.pi * x))).sum(-1)
+
+
+def ackley(x: Any, lib: Any) -> Any:
+    hole = 20 - 20 * lib.exp(-0.2 * lib.sqrt((x**2).mean(-1)))
+    return hole + np.e - lib.exp(lib.cos(2 * np.pi * x).mean(-1))
+
+
+def with_ours(function: Callable[..., Any], build: Callable[..., Any]) -> Run:
+    def run(seed: int) -> np.ndarray:
+        x = nn.Parameter(torch.full((DIM,), START))
+        optimizer = build([("x", x)], seed)
+        for _ in range(STEPS):
+            optimizer.step(lambda p: function(p["x"], torch))
+        return x.detach().numpy()
+
+    return run
+
+
+def our_cbo(params: Any, seed: int) -> CBO:
+    return CBO(
+        params,
+        lr=0.01,
+        sigma=5.1,
+        num_particles=N,
+        alpha=1e5,
+        particle_batch_size=None,
+        init_std=SPREAD,
+        init_around_current=True,
+        stall_tol=0.0,
+        seed=seed,
+    )
+
+
+def our_hopping(params: Any, seed: int) -> ConsensusHopping:
+    return ConsensusHopping(params, num_particles=N, alpha=1e5, width_decay=0.98, width_decay_every=10, seed=seed)
+
+
+def with_cbx(function: Callable[..., Any]) -> Run:
+    from cbx.dynamics import CBO as Peer
+
+    def run(seed: int) -> np.ndarray:
+        x = START + SPREAD * np.random.default_rng(seed).standard_normal((1, N, DIM))
+        settings = {"f_dim": "3D", "alpha": 1e5, "dt": 0.01, "lamda": 1.0, "sigma": 5.1, "noise": "anisotropic"}
+        peer = Peer(lambda x: function(x, np), x=x, verbosity=0, seed=seed, check_f_dims=False, **settings)
+        for _ in range(STEPS):
+            peer.step()
+        return peer.consensus[0, 0]
+
+    return run
+
+
+def with_cma(function: Callable[..., Any]) -> Run:
+    import cma
+
+    def run(seed: int) -> np.ndarray:
+        options = {"maxfevals": N * STEPS, "verbose": -9, "seed": seed + 1}
+        found, _ = cma.fmin2(
+            None,
+            np.full(DIM, START),
+            SPREAD,
+            options,
+            restarts=9,
+            bipop=True,
+            parallel_objective=lambda points: list(function(np.asarray(points), np)),
+        )
+        return found
+
+    return run
+
+
+def with_evotorch(function: Callable[..., Any], build: Callable[[Any], Any]) -> Run:
+    from evotorch import Problem
+
+    def run(seed: int) -> np.ndarray:
+        problem = Problem(
+            "min",
+            lambda x: function(x, torch),
+            solution_length=DIM,
+            initial_bounds=(START - 1e-6, START + 1e-6),
+            vectorized=True,
+            seed=seed,
+        )
+        searcher = build(problem)
+        for _ in range(STEPS):
+            searcher.step()
+        return searcher.status["center"].numpy()
+
+    return run
+
+
+def success(seeds: int = 10) -> None:
+    from evotorch.algorithms import CEM, PGPE, SNES
+
+    for name, function in (("Rastrigin", rastrigin), ("Ackley", ackley)):
+        contenders: dict[str, Run] = {
+            "ours: CBO": with_ours(function, our_cbo),
+            "ours: ConsensusHopping": with_ours(function, our_hopping),
+            "cbx: CBO": with_cbx(function),
+            "cma: BIPOP-CMA-ES": with_cma(function),
+            "evotorch: SNES": with_evotorch(function, lambda p: SNES(p, popsize=N, stdev_init=SPREAD)),
+            "evotorch: CEM": with_evotorch(
+                function, lambda p: CEM(p, popsize=N, parenthood_ratio=0.25, stdev_init=SPREAD)
+            ),
+            "evotorch: PGPE": with_evotorch(
+                function,
+                lambda p: PGPE(p, popsize=N, center_learning_rate=0.1, stdev_learning_rate=0.1, stdev_init=SPREAD),
+            ),
+        }
+        distances: dict[str, list[float]] = {key: [] for key in contenders}
+        seconds: dict[str, list[float]] = {key: [] for key in contenders}
+        for seed in range(seeds):
+            for key, run in contenders.items():
+                start = time.process_time()
+                distances[key].append(float(np.linalg.norm(run(seed))))
+                seconds[key].append(time.process_time() - start)
+        base = median(seconds["ours: CBO"])
+        rows = [
+            {
+                "method": key,
+                "success": f"{sum(x < 0.5 for x in distances[key])}/{seeds}",
+                "median distance": f"{median(distances[key]):.2g}",
+                "evaluations per CPU second": round(N * STEPS / median(seconds[key]), -3),
+                "CPU time / ours": round(median(seconds[key]) / base, 2),
+            }
+            for key in contenders
+        ]
+        harness.save("cbo", f"{name}, d={DIM}, {N * STEPS} evaluations, start at {START:g}", rows, PACKAGES)
+
+
+# --- a classifier of digits -------------------------------------------------------------------------------------------
+
+
+def digits(seeds: int = 3, epochs: int = 50) -> None:
+    """Test accuracy of a 650-parameter network at equal numbers of evaluated (network, batch) pairs."""
+    from evotorch import Problem
+    from evotorch.algorithms import PGPE, SNES
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    x, y = torch.tensor(data.images).float().flatten(1)[order] / 16, torch.tensor(data.target)[order]
+    x_train, y_train, x_test, y_test = x[:1437], y[:1437], x[1437:], y[1437:]
+
+    def network() -> nn.Module:
+        norm = nn.BatchNorm1d(10, eps=1e-4, affine=False, track_running_stats=False)
+        return nn.Sequential(nn.Linear(64, 10), nn.ReLU(), norm)
+
+    def batches(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        for epoch in range(epochs):
+            for rows in torch.randperm(1437, generator=generator).split(64)[:22]:
+                yield epoch, (x_train[rows], y_train[rows])
+
+    def accuracy(model: nn.Module) -> float:
+        return float((model(x_test).argmax(1) == y_test).float().mean())
+
+    def with_cbo(seed: int) -> float:
+        model = network()
+        optimizer = CBO(model, num_particles=N, particle_batch_size=20, alpha=5.0, seed=seed)
+        cooled = 0
+        for epoch, batch in batches(seed):
+            if epoch // 15 > cooled:
+                cooled += 1
+                optimizer.param_groups[0]["sigma"] *= np.log2(cooled + 1) / np.log2(cooled + 2)
+                optimizer.param_groups[0]["alpha"] *= 2
+            optimizer.step(particle_losses(model, nn.functional.cross_entropy, batch))
+        return accuracy(model)
+
+    def with_strategy(build: Callable[[Any], Any]) -> Callable[[int], float]:
+        def run(seed: int) -> float:
+            model = network()
+            shapes = {name: p.shape for name, p in model.named_parameters()}
+            current: dict[str, Any] = {}
+
+            def losses(points: Tensor) -> Tensor:
+                parts = points.split([shape.numel() for shape in shapes.values()], 1)
+                particles = {n: part.view(-1, *s) for (n, s), part in zip(shapes.items(), parts, strict=True)}
+                return particle_losses(model, nn.functional.cross_entropy, current["batch"])(particles)
+
+            problem = Problem(
+                "min", losses, solution_length=650, initial_bounds=(-1e-6, 1e-6), vectorized=True, seed=seed
+            )
+            searcher = build(problem)
+            for _, current["batch"] in batches(seed):
+                searcher.step()
+            nn.utils.vector_to_parameters(searcher.status["center"].clone(), model.parameters())
+            return accuracy(model)
+
+        return run
+
+    def with_adam(seed: int) -> float:
+        torch.manual_seed(seed)
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _, (inputs, labels) in batches(seed):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+        return accuracy(model)
+
+    contenders = {
+        "ours: CBO": with_cbo,
+        "evotorch: SNES": with_strategy(lambda p: SNES(p, popsize=N, stdev_init=0.5)),
+        "evotorch: PGPE": with_strategy(
+            lambda p: PGPE(p, popsize=N, center_learning_rate=0.1, stdev_learning_rate=0.1, stdev_init=0.3)
+        ),
+        "Adam (gradients; one network)": with_adam,
+    }
+    rows = []
+    for name, run in contenders.items():
+        start = time.process_time()
+        values = [run(seed) for seed in range(seeds)]
+        rows.append(
+            {
+                "method": name,
+                "test accuracy": f"{np.mean(values):.3f}",
+                "range": [round(min(values), 3), round(max(values), 3)],
+                "CPU seconds a run": round((time.process_time() - start) / seeds, 1),
+            }
+        )
+    harness.save("cbo", f"digits, 650 parameters, {epochs} epochs, N={N}, {seeds} seeds", rows, PACKAGES)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for section in sys.argv[1:] or ("step", "success", "digits"):
+        {"step": step, "success": success, "digits": digits}[section]()
