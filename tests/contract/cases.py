@@ -1,25 +1,92 @@
 """One case per public piece: how to build it, what it must refuse, and why a check does not apply."""
 
-import numpy as np
-import torch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
 from lit_methods.batches import InteractionBatch, SupervisedBatch
-from lit_methods.callbacks import CBOCooling, ConvergenceCurves, ConvergenceRates, EmpiricalFisherMonitor, ExactResume, ExportHF, FactorRebalancing, LandscapePaths, LearningCurves, MFACPruning, PolicyEvaluation, PolicyFrames, PruningCurve, ResultTable, SFTWarmup, SampleTable, SurrogateMonitor, TargetCapture, TransportTable, WinRate
-from lit_methods.datamodules import BreastCancerDataModule, CIFAR100DataModule, CIFAR10DataModule, CovertypeDataModule, D4RLDataModule, DigitPointsDataModule, DigitsDataModule, DriftingDigitsDataModule, FashionMNISTDataModule, GLUEDataModule, ImitationDataModule, InteractionsDataModule, LibSVMDataModule, MNISTDataModule, MSDTasteProfileDataModule, MatrixFactorizationDataModule, MovieLensDataModule, NetflixPrizeDataModule, PromptDataModule, ReplayDataModule, RolloutDataModule, SEADataModule, SensingDataModule, TensorDataModule, WordGameDataModule, save_transitions_hdf5
+from lit_methods.black_box import CBOModule, LandscapeMinimization, Rastrigin
+from lit_methods.callbacks import (
+    CBOCooling,
+    ConvergenceCurves,
+    ConvergenceRates,
+    EmpiricalFisherMonitor,
+    ExactResume,
+    ExportHF,
+    FactorRebalancing,
+    LandscapePaths,
+    LearningCurves,
+    MFACPruning,
+    PolicyEvaluation,
+    PolicyFrames,
+    PruningCurve,
+    ResultTable,
+    SampleTable,
+    SFTWarmup,
+    SurrogateMonitor,
+    TargetCapture,
+    TransportTable,
+    WinRate,
+)
+from lit_methods.datamodules import (
+    BreastCancerDataModule,
+    CIFAR10DataModule,
+    CIFAR100DataModule,
+    CovertypeDataModule,
+    D4RLDataModule,
+    DigitPointsDataModule,
+    DigitsDataModule,
+    DriftingDigitsDataModule,
+    FashionMNISTDataModule,
+    GLUEDataModule,
+    ImitationDataModule,
+    InteractionsDataModule,
+    LibSVMDataModule,
+    MatrixFactorizationDataModule,
+    MNISTDataModule,
+    MovieLensDataModule,
+    MSDTasteProfileDataModule,
+    NetflixPrizeDataModule,
+    PromptDataModule,
+    ReplayDataModule,
+    RolloutDataModule,
+    SEADataModule,
+    SensingDataModule,
+    TensorDataModule,
+    WordGameDataModule,
+    save_transitions_hdf5,
+)
 from lit_methods.games import MatrixGame, PreferenceGame, RingGAN
 from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
-from lit_methods.nets import LinearFeedback, MLP, PostNormMLP
+from lit_methods.nets import MLP, LinearFeedback, PostNormMLP
 from lit_methods.online import OnlineImitation, OnlineLearning
-from lit_methods.optim import ArmijoSGD, CBO, ConsensusHopping, ExtraAdam, ExtraGradient, ImplicitOMD, MDPO, MFAC, OptimisticAdam, OptimisticEnsemble, OptimisticFTL, OptimisticFTRL, OptimisticOMD, OptimisticOnlineNewton, SSO
+from lit_methods.optim import (
+    CBO,
+    MDPO,
+    MFAC,
+    SSO,
+    ArmijoSGD,
+    ConsensusHopping,
+    ExtraAdam,
+    ExtraGradient,
+    ImplicitOMD,
+    OptimisticAdam,
+    OptimisticEnsemble,
+    OptimisticFTL,
+    OptimisticFTRL,
+    OptimisticOMD,
+    OptimisticOnlineNewton,
+)
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing
@@ -32,7 +99,6 @@ from tests.glue_files import write_glue
 from tests.idx_files import write_mnist
 from tests.interaction_files import write_msd, write_netflix, write_u_data
 from tests.unit.llm.tiny import save_tiny_chat
-from lit_methods.black_box import CBOModule, LandscapeMinimization, Rastrigin
 
 Arguments = dict[str, Any]
 
@@ -401,29 +467,6 @@ def _history() -> tuple[Any, ...]:
     return (InteractionBatch(torch.tensor([0, 4, 2]), torch.tensor([0, 2, 2, 3]), None, nothing[:0], nothing),)
 
 
-MODULES: dict[str, ModuleCase] = {
-    "lit_methods.vi.MultVAE": ModuleCase(
-        config={
-            "model": _module("lit_methods.vi.MultVAE", hidden_dims=[8], latent_dim=4, total_anneal_steps=10),
-            "data": _MOVIES,
-        },
-        make=lambda: MultVAE(6, hidden_dims=(8,), latent_dim=4),
-        forward_inputs=_history,
-        bad=[
-            (partial(MultVAE, **({"num_items": 6} | arguments)), message)
-            for arguments, message in [*_AUTOENCODER_ARGUMENTS, ({"anneal_cap": -0.1}, "anneal_cap must be")]
-        ],
-        prepare=write_u_data,
-    ),
-    "lit_methods.vi.MultDAE": ModuleCase(
-        config={"model": _module("lit_methods.vi.MultDAE", latent_dim=4), "data": _MOVIES},
-        make=lambda: MultDAE(6, latent_dim=4),
-        forward_inputs=_history,
-        bad=[
-            (partial(MultDAE, **({"num_items": 6} | arguments)), message)
-            for arguments, message in [*_AUTOENCODER_ARGUMENTS, ({"l2_penalty": -0.1}, "l2_penalty must be")]
-        ],
-        prepare=write_u_data,
 def _landscape(**arguments: Any) -> LandscapeMinimization:
     return LandscapeMinimization(**({"objective": Rastrigin(), "methods": {"cbo": CBO}, "start": [1.0]} | arguments))
 
@@ -473,6 +516,29 @@ MODULES: dict[str, ModuleCase] = {
             (lambda: _landscape(inner_steps={"sgd": 2}), "inner_steps must give"),
             (lambda: _landscape(tolerance=0.0), "tolerance must be"),
         ],
+    ),
+    "lit_methods.vi.MultVAE": ModuleCase(
+        config={
+            "model": _module("lit_methods.vi.MultVAE", hidden_dims=[8], latent_dim=4, total_anneal_steps=10),
+            "data": _MOVIES,
+        },
+        make=lambda: MultVAE(6, hidden_dims=(8,), latent_dim=4),
+        forward_inputs=_history,
+        bad=[
+            (partial(MultVAE, **({"num_items": 6} | arguments)), message)
+            for arguments, message in [*_AUTOENCODER_ARGUMENTS, ({"anneal_cap": -0.1}, "anneal_cap must be")]
+        ],
+        prepare=write_u_data,
+    ),
+    "lit_methods.vi.MultDAE": ModuleCase(
+        config={"model": _module("lit_methods.vi.MultDAE", latent_dim=4), "data": _MOVIES},
+        make=lambda: MultDAE(6, latent_dim=4),
+        forward_inputs=_history,
+        bad=[
+            (partial(MultDAE, **({"num_items": 6} | arguments)), message)
+            for arguments, message in [*_AUTOENCODER_ARGUMENTS, ({"l2_penalty": -0.1}, "l2_penalty must be")]
+        ],
+        prepare=write_u_data,
     ),
     "lit_methods.supervised.SSOModule": ModuleCase(
         config={
@@ -1292,9 +1358,6 @@ _TINY_ROLLOUTS = [
 
 _TINY_MOVIES = [*_TINY, "--data.data_dir=.", "--data.num_heldout_users=10", "--data.batch_size=8"]
 
-RECIPES: dict[str, RecipeCase] = {
-    "mult_vae/ml100k": RecipeCase(_TINY_MOVIES, prepare=write_u_data),
-    "mult_vae/ml100k_dae": RecipeCase(_TINY_MOVIES, prepare=write_u_data),
 _TINY_LANDSCAPE = ["--model.num_runs=2", "--model.steps_per_epoch=3", "--trainer.max_epochs=1"]
 
 
@@ -1303,6 +1366,8 @@ RECIPES: dict[str, RecipeCase] = {
     "cbo/digits": RecipeCase(_TINY),
     "cbo/illustrations": RecipeCase(_TINY_LANDSCAPE),
     "cbo/rastrigin": RecipeCase(_TINY_LANDSCAPE),
+    "mult_vae/ml100k": RecipeCase(_TINY_MOVIES, prepare=write_u_data),
+    "mult_vae/ml100k_dae": RecipeCase(_TINY_MOVIES, prepare=write_u_data),
     "mdpo/half_cheetah": RecipeCase(_TINY_ROLLOUTS),
     "mdpo/hopper": RecipeCase(_TINY_ROLLOUTS),
     "mdpo/inverted_pendulum": RecipeCase(_TINY_ROLLOUTS),
