@@ -7,6 +7,9 @@ is measured alike for every solver, ``|P 1 - a|_1 + |P^T 1 - b|_1`` of the plan 
 that warm-start each other, so that they can be stopped at the cap; the others run from the start with growing budgets.
 """
 
+import math
+import multiprocessing
+import resource
 import sys
 import time
 import warnings
@@ -114,15 +117,15 @@ def of_geomloss(problem: Problem) -> Iterator[Point]:
         iterations *= 3
 
 
-def contenders(problem: Problem) -> dict[str, Callable[[], Iterator[Point]]]:
+def contenders(problem: Problem, cap: float) -> dict[str, Callable[[], Iterator[Point]]]:
     n = len(problem.a)
     found: dict[str, Callable[[], Iterator[Point]]] = {
         "ours": lambda: ours(problem),
         "ours, eps_scaling=0": lambda: ours(problem, eps_scaling=0),
     }
     if regot:
-        found["regot ssns"] = lambda: of_regot(problem, "ssns", (5, 10, 20, 40, 1000))
-        found["regot splr"] = lambda: of_regot(problem, "splr", (10, 30, 100, 2000))
+        found["regot ssns"] = lambda: killed_at(cap, of_regot(problem, "ssns", (5, 10, 20, 40, 1000)))
+        found["regot splr"] = lambda: killed_at(cap, of_regot(problem, "splr", (10, 30, 100, 2000)))
         if n <= 1000:
             found["regot newton"] = lambda: of_regot(problem, "newton", (5, 10, 20, 100))
     if ot:
@@ -133,6 +136,32 @@ def contenders(problem: Problem) -> dict[str, Callable[[], Iterator[Point]]]:
     if geomloss:
         found["geomloss ot.solve"] = lambda: of_geomloss(problem)
     return found
+
+
+def killed_at(cap: float, points: Iterator[Point]) -> Iterator[Point]:
+    """The points, from a process that the system kills after ``cap`` CPU seconds: regot cannot be interrupted."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(cap), math.ceil(cap)))
+        for point in points:
+            sender.send(point)
+
+    process = context.Process(target=work, daemon=True)
+    process.start()
+    sender.close()
+    last = Point(cap, 0, math.inf)
+    try:
+        while True:
+            last = receiver.recv()
+            yield last
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            yield last._replace(seconds=cap)
+    finally:
+        process.kill()
 
 
 def run(points: Iterator[Point], cap: float) -> list[Point]:
@@ -149,7 +178,7 @@ def run(points: Iterator[Point], cap: float) -> list[Point]:
 def table(name: str, problem: Problem, cap: float, section: str, repeats: int = 3) -> dict[str, list[Point]]:
     """One row per solver: CPU seconds to the target, or the error at the cap."""
     curves = {}
-    for solver, start in contenders(problem).items():
+    for solver, start in contenders(problem, cap).items():
         runs = [run(start(), cap)]
         if runs[0][-1].seconds < 3:
             runs += [run(start(), cap) for _ in range(repeats - 1)]
@@ -181,7 +210,7 @@ def table(name: str, problem: Problem, cap: float, section: str, repeats: int = 
     return curves
 
 
-def large(cap: float = 40.0) -> None:
+def large(cap: float = 20.0) -> None:
     """n = 5000, every solver under the same cap, drawn."""
     curves = table("assignment, n=5000", assignment(5000), cap, f"n=5000, {cap:g} s each", repeats=1)
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -61,14 +61,14 @@ def test_generator_learns_a_shifted_normal_distribution():
 
 
 def test_digit_points_lie_where_the_ink_is():
-    data = DigitPointsDataModule(num_points=2000, angle=0.0, shift=(0.0, 0.0), test_size=1, val_size=1790)
+    data = DigitPointsDataModule(num_points=500, angle=0.0, shift=(0.0, 0.0), test_size=1, val_size=1790)
     data.setup("fit")
     batch = data.train_data
     assert isinstance(batch, PointSetBatch)
-    assert batch.source.shape == batch.target.shape == (6, 2000, 2)
+    assert batch.source.shape == batch.target.shape == (6, 500, 2)
     assert float(batch.source.abs().max()) <= 1
-    torch.testing.assert_close(batch.source.mean(1), batch.target.mean(1), atol=0.06, rtol=0)
-    turned = DigitPointsDataModule(num_points=2000, angle=90.0, shift=(1.0, 0.0), test_size=1, val_size=1790)
+    torch.testing.assert_close(batch.source.mean(1), batch.target.mean(1), atol=0.12, rtol=0)
+    turned = DigitPointsDataModule(num_points=500, angle=90.0, shift=(1.0, 0.0), test_size=1, val_size=1790)
     turned.setup("fit")
     expected = torch.stack([1 - batch.target[..., 1], batch.target[..., 0]], -1)
     torch.testing.assert_close(turned.train_data.target, expected, atol=1e-5, rtol=0)
