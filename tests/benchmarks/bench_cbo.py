@@ -314,7 +314,7 @@ def digits(seeds: int = 3, epochs: int = 50) -> None:
 SECTIONS: dict[str, Callable[[], None]] = {
     "step": step,
     "rastrigin": lambda: success("Rastrigin", rastrigin, seeds=10),
-    "ackley": lambda: success("Ackley", ackley, seeds=5),
+    "ackley": lambda: success("Ackley", ackley, seeds=10),
     "digits": digits,
 }
 
