@@ -1,6 +1,6 @@
 """Consensus-based optimization beside CBXpy, CMA-ES and evotorch: time of a step, success at equal evaluations.
 
-    python -m tests.benchmarks.bench_cbo [step | success | digits]
+    python -m tests.benchmarks.bench_cbo [step | rastrigin | ackley | digits]
 
 One thread; times are CPU times of this process, contenders alternating.
 """
@@ -181,43 +181,40 @@ def with_evotorch(function: Callable[..., Any], build: Callable[[Any], Any]) -> 
     return run
 
 
-def success(seeds: int = 10) -> None:
+def success(name: str, function: Callable[..., Any], seeds: int) -> None:
     from evotorch.algorithms import CEM, PGPE, SNES
 
-    for name, function in (("Rastrigin", rastrigin), ("Ackley", ackley)):
-        contenders: dict[str, Run] = {
-            "ours: CBO": with_ours(function, our_cbo),
-            "ours: ConsensusHopping": with_ours(function, our_hopping),
-            "cbx: CBO": with_cbx(function),
-            "cma: BIPOP-CMA-ES": with_cma(function),
-            "evotorch: SNES": with_evotorch(function, lambda p: SNES(p, popsize=N, stdev_init=SPREAD)),
-            "evotorch: CEM": with_evotorch(
-                function, lambda p: CEM(p, popsize=N, parenthood_ratio=0.25, stdev_init=SPREAD)
-            ),
-            "evotorch: PGPE": with_evotorch(
-                function,
-                lambda p: PGPE(p, popsize=N, center_learning_rate=0.1, stdev_learning_rate=0.1, stdev_init=SPREAD),
-            ),
+    contenders: dict[str, Run] = {
+        "ours: CBO": with_ours(function, our_cbo),
+        "ours: ConsensusHopping": with_ours(function, our_hopping),
+        "cbx: CBO": with_cbx(function),
+        "cma: BIPOP-CMA-ES": with_cma(function),
+        "evotorch: SNES": with_evotorch(function, lambda p: SNES(p, popsize=N, stdev_init=SPREAD)),
+        "evotorch: CEM": with_evotorch(function, lambda p: CEM(p, popsize=N, parenthood_ratio=0.25, stdev_init=SPREAD)),
+        "evotorch: PGPE": with_evotorch(
+            function,
+            lambda p: PGPE(p, popsize=N, center_learning_rate=0.1, stdev_learning_rate=0.1, stdev_init=SPREAD),
+        ),
+    }
+    distances: dict[str, list[float]] = {key: [] for key in contenders}
+    seconds: dict[str, list[float]] = {key: [] for key in contenders}
+    for seed in range(seeds):
+        for key, run in contenders.items():
+            start = time.process_time()
+            distances[key].append(float(np.linalg.norm(run(seed))))
+            seconds[key].append(time.process_time() - start)
+    base = median(seconds["ours: CBO"])
+    rows = [
+        {
+            "method": key,
+            "success": f"{sum(x < 0.5 for x in distances[key])}/{seeds}",
+            "median distance": f"{median(distances[key]):.2g}",
+            "evaluations per CPU second": round(N * STEPS / median(seconds[key]), -3),
+            "CPU time / ours": round(median(seconds[key]) / base, 2),
         }
-        distances: dict[str, list[float]] = {key: [] for key in contenders}
-        seconds: dict[str, list[float]] = {key: [] for key in contenders}
-        for seed in range(seeds):
-            for key, run in contenders.items():
-                start = time.process_time()
-                distances[key].append(float(np.linalg.norm(run(seed))))
-                seconds[key].append(time.process_time() - start)
-        base = median(seconds["ours: CBO"])
-        rows = [
-            {
-                "method": key,
-                "success": f"{sum(x < 0.5 for x in distances[key])}/{seeds}",
-                "median distance": f"{median(distances[key]):.2g}",
-                "evaluations per CPU second": round(N * STEPS / median(seconds[key]), -3),
-                "CPU time / ours": round(median(seconds[key]) / base, 2),
-            }
-            for key in contenders
-        ]
-        harness.save("cbo", f"{name}, d={DIM}, {N * STEPS} evaluations, start at {START:g}", rows, PACKAGES)
+        for key in contenders
+    ]
+    harness.save("cbo", f"{name}, d={DIM}, {N * STEPS} evaluations, start at {START:g}", rows, PACKAGES)
 
 
 # --- a classifier of digits -------------------------------------------------------------------------------------------
@@ -314,8 +311,15 @@ def digits(seeds: int = 3, epochs: int = 50) -> None:
     harness.save("cbo", f"digits, 650 parameters, {epochs} epochs, N={N}, {seeds} seeds", rows, PACKAGES)
 
 
+SECTIONS: dict[str, Callable[[], None]] = {
+    "step": step,
+    "rastrigin": lambda: success("Rastrigin", rastrigin, seeds=10),
+    "ackley": lambda: success("Ackley", ackley, seeds=10),
+    "digits": digits,
+}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for section in sys.argv[1:] or ("step", "success", "digits"):
-        {"step": step, "success": success, "digits": digits}[section]()
+    for section in sys.argv[1:] or SECTIONS:
+        SECTIONS[section]()

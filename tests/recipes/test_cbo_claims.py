@@ -33,5 +33,5 @@ def test_the_canyon_table(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["rastrigin", "ackley"])
 def test_anisotropic_noise_succeeds_where_isotropic_does_not(name, tmp_path) -> None:
     found = metrics(tmp_path, "--config", f"cbo/{name}")
-    assert found["val/success/anisotropic_200"] >= 0.7
+    assert found["val/success/anisotropic_200"] >= 0.5
     assert found["val/success/anisotropic_200"] > found["val/success/isotropic_200"]
