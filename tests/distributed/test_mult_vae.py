@@ -54,7 +54,7 @@ def run(
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
-    run_new_process(folder, "fit", "--config", str(path))
+    run_new_process(folder, "fit", "--config", str(path), ranks=devices)
     with (folder / name / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return torch.load(folder / name / "last.ckpt", weights_only=True)["state_dict"], rows

@@ -18,6 +18,7 @@ def data() -> MovieLensDataModule:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_annealing_to_a_small_beta_is_best_and_beats_popularity(data) -> None:
     """Means over ten seeds; five are too few to tell it from beta 0."""
     names = {"small": "Mult-VAE, beta to 0.2", "one": "Mult-VAE, beta to 1", "zero": "Mult-VAE, beta 0"}
