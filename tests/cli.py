@@ -19,13 +19,14 @@ def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> None:
     main()
 
 
-def run_new_process(folder: Path, *args: str, ranks: int = 1) -> None:
-    """Run in a new process, or as torchrun does in several; fail with what they printed when one fails."""
+def run_new_process(folder: Path, *args: str, ranks: int = 1) -> str:
+    """Run in a new process, or as torchrun does in several, and return what the first printed; fail with all output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     try:
         new_processes(_run, ranks, folder, port, ranks, args)
+        return (folder / "output0.txt").read_text()
     except Exception as error:
         output = "\n".join(path.read_text() for path in sorted(folder.glob("output*.txt")))
         raise AssertionError(f"lit-methods {' '.join(args)}\n{output}") from error

@@ -196,9 +196,9 @@ def test_a_trainer_with_sharded_particles_resumes_to_the_bit(tmp_path) -> None:
     case = dataclasses.replace(case, config=config)
     two = {"strategy": "ddp", "devices": 2, "max_steps": 6}
     path = write_config(case, tmp_path, **two, callbacks=resume_callbacks("whole"))
-    run_new_process(tmp_path, "fit", "--config", path)
+    run_new_process(tmp_path, "fit", "--config", path, ranks=2)
     path = write_config(case, tmp_path, **two, callbacks=resume_callbacks("resumed"))
-    run_new_process(tmp_path, "fit", "--config", path, "--ckpt_path", "whole/step=3.ckpt")
+    run_new_process(tmp_path, "fit", "--config", path, "--ckpt_path", "whole/step=3.ckpt", ranks=2)
     whole, resumed = (torch.load(tmp_path / run / "step=6.ckpt", weights_only=True) for run in ("whole", "resumed"))
     swarm = whole["optimizer_states"][0]["state"]["swarm"]
     assert len(swarm["particles"]) == 8
