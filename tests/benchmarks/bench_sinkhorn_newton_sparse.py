@@ -1,6 +1,6 @@
 """Sinkhorn-Newton-Sparse beside POT, geomloss, regot and the exact solver: error against CPU time, one thread.
 
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.bench_sinkhorn_newton_sparse [batch backward table images large]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.bench_sinkhorn_newton_sparse [table seeds images large batch backward]
 
 Problems: assignment with costs uniform in [0, 1], and scikit-learn digits enlarged to 28x28, at eta = 1200. The error
 is measured alike for every solver, ``|P 1 - a|_1 + |P^T 1 - b|_1`` of the plan it returns. POT's solvers run in pieces
@@ -271,10 +271,30 @@ def backward() -> None:
     harness.save("sinkhorn_newton_sparse", "gradients, n=200, eta=300", rows)
 
 
+def seeds() -> None:
+    """Several instances, and POT's plain sweeps with its own stopping test, which comes every ten sweeps."""
+    for eta, n, number in ((ETA, 500, 5), (ETA, 1000, 5), (2 * ETA, 1000, 3)):
+        rows, limits = [], {"numItermax": 20_000, "stopThr": TARGET}
+        for seed in range(number):
+            cost, a, b = assignment(n, seed)
+            tensor = torch.from_numpy(cost)
+            found = [timed(lambda: sinkhorn_newton(tensor, eta=eta, tol=TARGET)) for _ in range(3)]  # noqa: B023
+            seconds = median(s for s, _ in found)
+            row = {"seed": seed, "newton steps": int(found[0][1].n_newton), "CPU s": round(seconds, 3)}
+            if ot is not None:
+                solve = partial(
+                    ot.sinkhorn, a, b, cost, 1 / eta, numItermax=20_000, stopThr=TARGET, log=True, warn=False
+                )
+                theirs, (_, log) = timed(solve)
+                row |= {"POT sweeps": log["niter"], "POT / ours": round(theirs / seconds, 1)}
+            rows.append(row)
+        harness.save("sinkhorn_newton_sparse", f"n={n}, eta={eta:g}, several seeds", rows, PACKAGES)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    chosen = sys.argv[1:] or ["table", "images", "large", "batch", "backward"]
+    chosen = sys.argv[1:] or ["table", "seeds", "images", "large", "batch", "backward"]
     if "batch" in chosen:
         batch()
     if "backward" in chosen:
@@ -282,6 +302,8 @@ if __name__ == "__main__":
     if "table" in chosen:
         for n in (500, 1000):
             table(f"assignment, n={n}", assignment(n), 20.0, f"n={n}, to 1e-9, 20 s each")
+    if "seeds" in chosen:
+        seeds()
     if "images" in chosen:
         for p in (2, 1):
             table(f"digits 28x28, L{p} cost", images(p), 20.0, f"28x28 digits, L{p} cost, to 1e-9, 20 s each")
