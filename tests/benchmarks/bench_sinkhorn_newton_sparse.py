@@ -274,7 +274,7 @@ def backward() -> None:
 def seeds() -> None:
     """Several instances, and POT's plain sweeps with its own stopping test, which comes every ten sweeps."""
     for eta, n, number in ((ETA, 500, 5), (ETA, 1000, 5), (2 * ETA, 1000, 3)):
-        rows, limits = [], {"numItermax": 20_000, "stopThr": TARGET}
+        rows = []
         for seed in range(number):
             cost, a, b = assignment(n, seed)
             tensor = torch.from_numpy(cost)
