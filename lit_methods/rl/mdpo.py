@@ -60,11 +60,15 @@ class _Agent(LightningModule):
         """
         if len(returns):
             self.recent_returns = torch.cat([self.recent_returns, returns.to(self.recent_returns)])[-_WINDOW:]
-        if self.trainer.global_step % self.trainer.log_every_n_steps and not self.trainer.is_last_batch:  # type: ignore[attr-defined]
+        if not self._logs_at(self.trainer.global_step):
             return  # off-policy, logging at every step would take longer than the step
         steps = env_steps.to(self.device, torch.float32) * self.trainer.world_size
         values = {**metrics, "return": self.recent_returns.nanmean(), "env_steps": steps}
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=1)
+
+    def _logs_at(self, step: int) -> bool:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.trainer.is_last_batch or (every > 0 and step % every == 0)
 
     def _wrapped_optimizers(self) -> list[LightningOptimizer]:
         return self.optimizers()  # type: ignore[return-value]
@@ -438,9 +442,10 @@ class OffPolicyMDPO(_Agent):
         optimizer: Any = wrapper.optimizer
         actor_parameters, critic_parameters = _held(optimizer), _held(critic_wrapper.optimizer)
         found: dict[str, Tensor] = {}
+        log = self._logs_at(self.trainer.global_step + 1)
 
         def closure() -> Tensor:
-            loss = self._actor_loss(batch.observations, 1 / optimizer.param_groups[0]["step_size"], found)
+            loss = self._actor_loss(batch.observations, 1 / optimizer.param_groups[0]["step_size"], found, log)
             self._differentiate(loss, actor_parameters)
             return loss
 
@@ -480,28 +485,31 @@ class OffPolicyMDPO(_Agent):
         self._anchor = (anchor,)
         self._moving = list(self.target_value.parameters()), list(self.value.parameters())
 
-    def _actor_loss(self, observations: Tensor, inverse_t: float, found: dict[str, Tensor]) -> Tensor:
-        """Loss of the actor; leaves in ``found`` the targets of the value network and what is logged."""
+    def _actor_loss(self, observations: Tensor, inverse_t: float, found: dict[str, Tensor], log: bool = True) -> Tensor:
+        """Loss of the actor; leaves in ``found`` the targets of the value network and, if asked, what is logged."""
         mean, log_std = self.actor(observations)
         noise = torch.randn_like(mean)
         pre_tanh = mean + log_std.exp() * noise
-        old_mean, old_log_std = self._anchor[0](observations)
-        old_noise = (pre_tanh - old_mean) * (-old_log_std).exp()
         log_derivative = log_tanh_derivative(pre_tanh)
         log_prob = normal_log_prob(noise, log_std) - log_derivative
-        old_log_prob = normal_log_prob(old_noise, old_log_std) - log_derivative
-        q = self.tsallis_q
-        log_q, old_log_q = (tsallis_log(x, q).sum(-1) for x in (log_prob, old_log_prob))
+        log_q = tsallis_log(log_prob, self.tsallis_q).sum(-1)
         values = self.critics(observations, pre_tanh.tanh())
         chosen = values[0] if self.policy_q == "q1" else values.amin(0)
-        loss = (inverse_t * log_q - q * (inverse_t - self.entropy_coef) * old_log_q - chosen).mean()
+        loss = (inverse_t * log_q - chosen).mean()
+        anchor_weight = self.tsallis_q * (inverse_t - self.entropy_coef)
+        if anchor_weight or log:
+            old_mean, old_log_std = self._anchor[0](observations)
+            old_log_prob = normal_log_prob((pre_tanh - old_mean) * (-old_log_std).exp(), old_log_std) - log_derivative
+            if anchor_weight:
+                loss = loss - anchor_weight * tsallis_log(old_log_prob, self.tsallis_q).sum(-1).mean()
         if self.action_reg:
             loss = loss + self.action_reg * (mean.square().mean() + log_std.square().mean())
         with torch.no_grad():
             found["values"] = values.amin(0) - self.entropy_coef * log_q
-            found["entropy"] = -log_prob.sum(-1).mean()
-            found["drift"] = (log_prob - old_log_prob).sum(-1).mean()
-            found["value"] = found["values"].mean()
+            if log:
+                found["entropy"] = -log_prob.sum(-1).mean()
+                found["drift"] = (log_prob - old_log_prob).sum(-1).mean()
+                found["value"] = found["values"].mean()
         return loss
 
     def _critic_loss(self, batch: TransitionBatch, values: Tensor) -> Tensor:
