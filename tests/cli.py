@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_methods.cli import main
-from tests.new_processes import new_processes
+from tests.new_processes import act_as_torchrun, new_processes
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> None:
@@ -39,9 +39,6 @@ def _run(rank: int, folder: Path, port: int, ranks: int, args: tuple[str, ...]) 
     os.dup2(output, 1)
     os.dup2(output, 2)
     if ranks > 1:
-        names = ("LOCAL_RANK", "RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-        values = (rank, rank, 0, ranks, ranks, port)
-        os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+        act_as_torchrun(rank, ranks, port)
     sys.argv = ["lit-methods", *args]
     main()

@@ -1,6 +1,7 @@
 """New processes that need not import torch and Lightning first, which takes longer than most of what they do."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,3 +16,18 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 def new_processes(fn: Callable[..., Any], number: int, *args: Any) -> None:
     """Run module-level ``fn(index, *args)`` in each; raises with the first failing one's traceback."""
     torch.multiprocessing.start_processes(fn, args, nprocs=number, start_method="forkserver")
+
+
+def act_as_torchrun(rank: int, ranks: int, port: int = 0) -> None:
+    """Make Lightning join the processes that are there instead of starting its own.
+
+    Args:
+        rank: of this process.
+        ranks: number of processes.
+        port: where they meet; needed unless the process group is initialized.
+    """
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip

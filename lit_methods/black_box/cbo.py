@@ -3,21 +3,19 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanSquaredError, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 
 from lit_methods.batches import SupervisedBatch
-from lit_methods.hyperparameters import live_arguments
 from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from lit_methods.supervised import SupervisedModule
 
 __all__ = ["CBOModule"]
 
 
-class CBOModule(LightningModule):
+class CBOModule(SupervisedModule):
     """Classification or regression by particles: every step evaluates all networks of a swarm at once.
 
     After each step the wrapped ``network`` is the consensus point, which is what is validated, saved and used. It then
@@ -39,7 +37,7 @@ class CBOModule(LightningModule):
 
     Raises:
         ValueError: ``num_classes`` is below 2, or ``chunk_size`` below 1.
-        TypeError: in ``configure_optimizers``: ``optimizer`` builds another kind.
+        TypeError: in ``configure_optimizers``: ``optimizer`` builds another kind, or the scheduler needs a metric.
 
     Example:
         >>> from lit_methods.nets import PostNormMLP
@@ -56,33 +54,15 @@ class CBOModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        super().__init__()
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, or None for regression, got {num_classes}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, or None for all particles, got {chunk_size}")
-        self.save_hyperparameters(ignore=live_arguments(locals()))
+        super().__init__(network, num_classes, loss, metrics, optimizer, lr_scheduler)
         self.automatic_optimization = False
-        self.network = network
-        self.num_classes = num_classes
-        self.loss = loss or (nn.MSELoss() if num_classes is None else nn.CrossEntropyLoss())
-        if metrics is None:
-            classes = num_classes
-            metrics = {"mse": MeanSquaredError()} if classes is None else {"accuracy": _accuracy(classes)}
-        collection = MetricCollection(dict(metrics))
-        self.val_metrics = collection.clone(prefix="val/")
-        self.test_metrics = collection.clone(prefix="test/")
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
         self.chunk_size = chunk_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs of the consensus network: logits ``(batch, num_classes)``, or regression values."""
-        return self.network(x)
-
     @torch.no_grad()
-    def training_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
-        """Move the swarm."""
+    def training_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
+        """Move the swarm; the loss of the consensus point reached."""
         optimizer: Any = self.optimizers()
         if optimizer.particles_sharded:
             x, y = (tensor.flatten(0, 1) for tensor in self.all_gather(tuple(batch)))
@@ -90,26 +70,15 @@ class CBOModule(LightningModule):
             x, y = batch
         losses = particle_losses(self.network, self.loss, (x, y), self.chunk_size)
         optimizer.step(lambda: losses)
-        self.log("train/loss", self.loss(self.network(x), y), batch_size=len(y))
+        loss = self.loss(self(x), y)
+        self.log("train/loss", loss, batch_size=len(y))
+        return loss
 
     def on_train_epoch_end(self) -> None:
         """Step the schedule."""
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
-
-    def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self._evaluate(batch, "val", self.val_metrics)
-
-    def test_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
-        """Update the test metrics."""
-        self._evaluate(batch, "test", self.test_metrics)
-
-    def predict_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
-        """Class probabilities ``(batch, num_classes)``, or regression values."""
-        outputs = self(batch[0])
-        return outputs if self.num_classes is None else outputs.softmax(-1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The injected optimizer over the named trainable parameters, with the injected schedule if there is one."""
@@ -121,15 +90,7 @@ class CBOModule(LightningModule):
             )
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
-
-    def _evaluate(self, batch: SupervisedBatch, stage: str, metrics: MetricCollection) -> None:
-        x, y = batch
-        outputs = self(x)
-        metrics.update(outputs, y)
-        self.log(f"{stage}/loss", self.loss(outputs, y), sync_dist=True, batch_size=len(y))
-        self.log_dict(metrics)
-
-
-def _accuracy(num_classes: int) -> Metric:
-    return MulticlassAccuracy(num_classes, average="micro")
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise TypeError("CBOModule steps schedules once an epoch without a metric: choose one that needs none")
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}

@@ -1,6 +1,5 @@
 """MDPO on two real gloo processes: FSDP2 parameters, and rollouts that differ between the ranks."""
 
-import os
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +14,7 @@ from lit_methods.optim import MDPO
 from lit_methods.rl import OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, RunningMoments, ValueNetwork
 from tests.distributed.launch import run_ranks
+from tests.new_processes import act_as_torchrun
 
 
 def train(net: nn.Module, optimizer: MDPO) -> None:
@@ -81,9 +81,7 @@ class Seen(pl.Callback):
 
 
 def train_on_policy(rank: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    values = (str(rank), str(rank), "2", "2", "0", "127.0.0.1", "0")
-    os.environ.update(zip(names, values, strict=True), TORCHELASTIC_RUN_ID="test")  # Lightning joins our processes
+    act_as_torchrun(rank, 2)
     torch.manual_seed(3)
     module = OnPolicyMDPO(GaussianPolicy(3, 1, [8]), ValueNetwork(3, [8]), 3)
     torch.manual_seed(rank)

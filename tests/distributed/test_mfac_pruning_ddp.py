@@ -1,6 +1,5 @@
 """MFACPruning and EmpiricalFisherMonitor under DDP on two real gloo processes."""
 
-import os
 import warnings
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_methods.callbacks import EmpiricalFisherMonitor, MFACPruning
 from tests.distributed.launch import run_ranks
+from tests.new_processes import act_as_torchrun
 
 
 class Classifier(pl.LightningModule):
@@ -71,9 +71,7 @@ def fit(**trainer: Any) -> dict[str, Any]:
 
 
 def ranks(rank: int) -> dict[str, Any]:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    values = (str(rank), str(rank), "2", "2", "0", "127.0.0.1", "0")
-    os.environ.update(zip(names, values, strict=True), TORCHELASTIC_RUN_ID="test")  # Lightning joins our processes
+    act_as_torchrun(rank, 2)
     warnings.simplefilter("ignore")
     return fit(devices=2, strategy="ddp")
 

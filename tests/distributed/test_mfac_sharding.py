@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import warnings
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lit_methods.optim import MFAC
 from lit_methods.optim.flat_parameters import is_dtensor, local_tensor
 from tests.distributed.launch import run_ranks
+from tests.new_processes import act_as_torchrun
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "num_grads": 5, "damping": 1e-2}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -323,9 +323,7 @@ class Regression(pl.LightningModule):
 
 
 def trainer_ranks(rank: int, folder: str) -> dict[str, list[Tensor]]:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    values = (str(rank), str(rank), "2", "2", "0", "127.0.0.1", "0")
-    os.environ.update(zip(names, values, strict=True), TORCHELASTIC_RUN_ID="test")  # Lightning joins our processes
+    act_as_torchrun(rank, 2)
     warnings.simplefilter("ignore")
     x = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     results = {}

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 
 from lit_methods.black_box import CBOModule
@@ -51,4 +52,10 @@ def test_a_loss_without_gradient_and_running_statistics() -> None:
 def test_other_optimizers_are_refused() -> None:
     module = CBOModule(nn.Linear(2, 2), num_classes=2, optimizer=torch.optim.Adam)
     with pytest.raises(TypeError, match=r"CBO or ConsensusHopping, got Adam.*SupervisedModule"):
+        module.configure_optimizers()
+
+
+def test_refuses_a_schedule_that_needs_a_metric() -> None:
+    module = CBOModule(PostNormMLP(64, [10]), 10, lr_scheduler=lambda o: ReduceLROnPlateau(o, monitor="val/loss"))
+    with pytest.raises(TypeError, match="without a metric"):
         module.configure_optimizers()
