@@ -52,6 +52,11 @@ class SensingBatch(NamedTuple):
 
     def measure(self, left: Tensor, right: Tensor) -> Tensor:
         """``<A_i, left right^T>``: factors ``(..., rows, k)`` and ``(..., columns, k)`` to ``(..., batch)``."""
+        if self.matrices.shape[1:] != (left.shape[-2], right.shape[-2]):
+            raise ValueError(
+                f"matrices must be (batch, {left.shape[-2]}, {right.shape[-2]}) to measure left right^T, got "
+                f"{tuple(self.matrices.shape)}"
+            )
         return (left @ right.mT).flatten(-2) @ self.matrices.flatten(1).mT
 
 

@@ -42,6 +42,8 @@ class _Sensing(LightningModule):
         super().__init__()
         if not init_scales or not all(0 < scale < float("inf") for scale in init_scales):
             raise ValueError(f"init_scales must hold at least one number, all > 0 and finite, got {init_scales}")
+        if len({f"{scale:g}" for scale in init_scales}) < len(init_scales):
+            raise ValueError(f"init_scales must differ in 6 digits, since runs are logged by them, got {init_scales}")
         self.init_scales = tuple(init_scales)
         self.optimizer = optimizer
 
@@ -79,8 +81,13 @@ class _Sensing(LightningModule):
         return self.optimizer(self.parameters())
 
     def _evaluate(self, batch: MatrixBatch, stage: str) -> None:
-        left = self.factors()[0]
-        errors = (self() - batch.matrix).square().sum((-2, -1))
+        left, recovered = self.factors()[0], self()
+        if batch.matrix.shape[-2:] != recovered.shape[-2:]:
+            raise ValueError(
+                f"The data's matrix is {tuple(batch.matrix.shape[-2:])}, but the factors make one of "
+                f"{tuple(recovered.shape[-2:])}."
+            )
+        errors = (recovered - batch.matrix).square().sum((-2, -1))
         smallest = torch.linalg.matrix_norm(left.float() if left.dtype == torch.bfloat16 else left, ord=-2)
         for run, scale in enumerate(self.init_scales):
             self.log(f"{stage}/error/{scale:g}", errors[run], sync_dist=True, batch_size=1)
@@ -105,7 +112,7 @@ class SymmetricSensing(_Sensing):
         optimizer: builds the optimizer; default gradient descent with a step of 0.1 (for a largest singular value 1).
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range; a validation or test matrix of another size, or not symmetric.
     """
 
     loss_factor = 0.25
@@ -125,6 +132,11 @@ class SymmetricSensing(_Sensing):
     def factors(self) -> tuple[Tensor, Tensor]:
         """``X`` twice, ``(runs, size, factor_rank)``."""
         return self.factor, self.factor
+
+    def _evaluate(self, batch: MatrixBatch, stage: str) -> None:
+        super()._evaluate(batch, stage)
+        if not torch.allclose(batch.matrix, batch.matrix.mT, rtol=1e-3, atol=1e-5):
+            raise ValueError("The data's matrix is not symmetric and cannot be X X^T: use AsymmetricSensing.")
 
 
 class AsymmetricSensing(_Sensing):
@@ -146,7 +158,7 @@ class AsymmetricSensing(_Sensing):
         optimizer: builds the optimizer; default gradient descent with a step of 0.1 (for a largest singular value 1).
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range; a validation or test matrix of another size.
     """
 
     loss_factor = 0.5

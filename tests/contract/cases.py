@@ -836,6 +836,7 @@ MODULES: dict[str, ModuleCase] = {
             (lambda: SymmetricSensing(6, 0), "factor_rank must be"),
             (lambda: SymmetricSensing(6, 3, ()), "init_scales must hold"),
             (lambda: SymmetricSensing(6, 3, (0.0,)), "init_scales must hold"),
+            (lambda: SymmetricSensing(6, 3, (0.1, 0.1)), "init_scales must differ"),
         ],
     ),
     "lit_methods.sensing.AsymmetricSensing": ModuleCase(
@@ -923,6 +924,7 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: FactorRebalancing(at_step=0), "at_step must be"),
             (lambda: FactorRebalancing(loss_fraction=1.0), "loss_fraction must be"),
             (lambda: FactorRebalancing(beta=0.0), "beta must be"),
+            (lambda: FactorRebalancing(beta=float("nan")), "beta must be"),
             (lambda: FactorRebalancing(rank=0), "rank must be"),
         ],
     ),

@@ -39,7 +39,7 @@ def test_symmetric_gradient_is_the_papers(dense):
     a = (a + a.mT) / 2
     m = low_rank(6, 2)
     x = random(2, 6, 4, seed=1)
-    module = SymmetricSensing(6, 4, (1.0, 1.0)).double()
+    module = SymmetricSensing(6, 4, (1.0, 0.5)).double()
     module.factor.data.copy_(x)
     batch = SensingBatch(a, (a * m).sum((1, 2))) if dense else all_entries(m)
     module.training_step(batch, 0).backward()
@@ -145,6 +145,27 @@ def test_evaluation_logs_errors_of_every_run(tmp_path):
     f, g = module.left[0], module.right[0]
     assert float(logged["val/imbalance/0.5"]) == pytest.approx(float((f.T @ f - g.T @ g).norm()), rel=1e-4)
     torch.testing.assert_close(trainer.predict(module, data)[0], module().detach())
+
+
+def fit(module, data, folder):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    Trainer(max_epochs=1, default_root_dir=folder, use_distributed_sampler=False, **quiet).fit(module, data)
+
+
+def test_a_problem_that_the_factors_cannot_solve_is_refused(tmp_path):
+    """Before anything is trained: in the Trainer's sanity check."""
+    asymmetric = SensingDataModule(6, rank=2, symmetric=False, num_measurements=40)
+    with pytest.raises(ValueError, match="matrix is not symmetric and cannot be X X"):
+        fit(SymmetricSensing(6, 3), asymmetric, tmp_path)
+    for size, measurements in ((7, "gaussian"), (8, "entries")):
+        data = SensingDataModule(6, rank=2, measurements=measurements, num_measurements=36)
+        with pytest.raises(
+            ValueError, match=rf"The data's matrix is \(6, 6\), but the factors make one of \({size}, 6"
+        ):
+            fit(AsymmetricSensing(size, 6, 3), data, tmp_path)
+    batch = SensingBatch(torch.ones(2, 6, 5), torch.ones(2))
+    with pytest.raises(ValueError, match=r"matrices must be \(batch, 5, 6\) to measure left right\^T, got \(2, 6, 5\)"):
+        batch.measure(torch.ones(5, 3), torch.ones(6, 3))  # as many entries, which would go unnoticed
 
 
 def test_initial_scales():
