@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lit_methods.optim.optimistic_ftrl import OptimisticFTL, OptimisticFTRL
     from lit_methods.optim.optimistic_newton import OptimisticOnlineNewton
     from lit_methods.optim.optimistic_omd import OptimisticOMD
+    from lit_methods.optim.scaled_gd import ScaledGD
     from lit_methods.optim.schedules import PiecewiseConstantLR
     from lit_methods.optim.sso import SSO
 
@@ -56,6 +57,7 @@ __all__ = [
     "OptimisticOnlineNewton",
     "PNorm",
     "PiecewiseConstantLR",
+    "ScaledGD",
     "Simplex",
     "UnnormalizedEntropy",
     "collect_gradients",
@@ -91,6 +93,7 @@ __getattr__, __dir__ = lazy_exports(
         "PNorm": "mirror_maps",
         "PiecewiseConstantLR": "schedules",
         "SSO": "sso",
+        "ScaledGD": "scaled_gd",
         "Simplex": "constraints",
         "UnnormalizedEntropy": "mirror_maps",
         "collect_gradients": "fisher_inverse",

@@ -11,6 +11,8 @@ show, about the squared error after ``T`` steps:
 - ``F G^T`` with one extra step (:func:`~lit_methods.sensing.rebalance_factors_`, by the callback
   :class:`~lit_methods.callbacks.FactorRebalancing`): ``(1 - lr beta^2)^(2T)``, whatever ``alpha`` was.
 
+Another optimizer is another baseline: :class:`~lit_methods.optim.ScaledGD` is free of the condition number as well.
+
 The batch decides what is measured: :class:`~lit_methods.batches.SensingBatch` (dense ``A_i``) or
 :class:`~lit_methods.batches.EntriesBatch` (matrix completion; all entries: matrix factorisation). Losses are means over
 measurements, so that plain ``SGD`` on a full batch is the paper's gradient descent to the letter, data parallel ranks

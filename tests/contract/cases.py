@@ -86,6 +86,7 @@ from lit_methods.optim import (
     OptimisticFTRL,
     OptimisticOMD,
     OptimisticOnlineNewton,
+    ScaledGD,
 )
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork
@@ -294,6 +295,14 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
                 "tests/unit/optim/test_sso.py shows what stays."
             ),
         },
+    ),
+    "lit_methods.optim.ScaledGD": OptimizerCase(  # whole models; tests/unit/optim/test_scaled_gd.py has the factors
+        ScaledGD,
+        {"lr": 0.5, "damping": None},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"damping": -0.1}, "damping must be"),
+        ],
     ),
     "lit_methods.optim.ArmijoSGD": OptimizerCase(
         ArmijoSGD,
