@@ -60,6 +60,26 @@ class SensingBatch(NamedTuple):
         return (left @ right.mT).flatten(-2) @ self.matrices.flatten(1).mT
 
 
+class RankOneBatch(NamedTuple):
+    """Measurements by ``A_i = a_i b_i^T``; a :class:`SensingBatch` that never stores the ``A_i``.
+
+    Isotropic, as there, with independent standard normal ``a_i`` and ``b_i``.
+
+    Attributes:
+        row_vectors: the ``a_i``, ``(batch, rows)``, floating point.
+        column_vectors: the ``b_i``, ``(batch, columns)``.
+        values: ``a_i^T M b_i``, ``(batch,)``.
+    """
+
+    row_vectors: Tensor
+    column_vectors: Tensor
+    values: Tensor
+
+    def measure(self, left: Tensor, right: Tensor) -> Tensor:
+        """``a_i^T left right^T b_i`` without the product matrix; shapes as :meth:`SensingBatch.measure`."""
+        return ((self.row_vectors @ left) * (self.column_vectors @ right)).sum(-1)
+
+
 class EntriesBatch(NamedTuple):
     """Observed entries of an unknown ``(n1, n2)`` matrix ``M``; a :class:`SensingBatch` that stores indices only.
 

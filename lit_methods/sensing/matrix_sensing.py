@@ -13,10 +13,11 @@ show, about the squared error after ``T`` steps:
 
 Another optimizer is another baseline: :class:`~lit_methods.optim.ScaledGD` is free of the condition number as well.
 
-The batch decides what is measured: :class:`~lit_methods.batches.SensingBatch` (dense ``A_i``) or
-:class:`~lit_methods.batches.EntriesBatch` (matrix completion; all entries: matrix factorisation). Losses are means over
-measurements, so that plain ``SGD`` on a full batch is the paper's gradient descent to the letter, data parallel ranks
-with equal shares average to it, and mini-batches estimate it.
+The batch decides what is measured: :class:`~lit_methods.batches.SensingBatch` (dense ``A_i``),
+:class:`~lit_methods.batches.RankOneBatch` (``a_i b_i^T``) or :class:`~lit_methods.batches.EntriesBatch` (matrix
+completion; all entries: matrix factorisation); the adjoint is autograd's. Losses are means over measurements, so that
+plain ``SGD`` on a full batch is the paper's gradient descent to the letter, data parallel ranks with equal shares
+average to it, and mini-batches estimate it.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lit_methods.batches import EntriesBatch, MatrixBatch, SensingBatch
+from lit_methods.batches import EntriesBatch, MatrixBatch, RankOneBatch, SensingBatch
 from lit_methods.hyperparameters import live_arguments
 
 __all__ = ["AsymmetricSensing", "SymmetricSensing"]
@@ -58,7 +59,7 @@ class _Sensing(LightningModule):
         left, right = self.factors()
         return left @ right.mT
 
-    def training_step(self, batch: SensingBatch | EntriesBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: SensingBatch | RankOneBatch | EntriesBatch, batch_idx: int) -> Tensor:
         """Sum over runs of the scaled mean squared residual; the runs' gradients do not mix."""
         residuals = batch.measure(*self.factors()) - batch.values
         losses = self.loss_factor * residuals.square().mean(-1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lit_methods.batches import EntriesBatch, MatrixBatch, SensingBatch
+from lit_methods.batches import EntriesBatch, MatrixBatch, RankOneBatch, SensingBatch
 from lit_methods.datamodules import SensingDataModule
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing, rebalance_factors_
 
@@ -75,6 +75,40 @@ def test_measurements_are_isotropic_and_batches_of_both_kinds_agree():
     dense = SensingBatch(48**0.5 * torch.eye(48, dtype=torch.float64).reshape(48, 8, 6)[index], entries.values)
     torch.testing.assert_close(entries.measure(f, g), dense.measure(f, g))
     torch.testing.assert_close(entries.measure(f, g).square().mean(-1), (f @ g.mT).square().sum((-2, -1)))
+
+
+def test_rank_one_measurements_are_those_of_their_matrices_and_isotropic():
+    data = SensingDataModule(8, 6, 2, 20000, "rank_one", symmetric=False, dtype="float64")
+    data.setup("fit")
+    a, b, values = data.train_data
+    (matrix,) = data.val_data.matrix
+    assert float(values.square().mean() / matrix.square().sum()) == pytest.approx(1, abs=0.05)
+    dense = SensingBatch(a[:50, :, None] * b[:50, None], values[:50])
+    torch.testing.assert_close((dense.matrices * matrix).sum((1, 2)), values[:50])
+    f, g = random(3, 8, 4), random(3, 6, 4, seed=1)
+    torch.testing.assert_close(RankOneBatch(a[:50], b[:50], values[:50]).measure(f, g), dense.measure(f, g))
+
+
+@pytest.mark.parametrize("measurements", ["gaussian", "rank_one", "entries"])
+def test_the_adjoint_is_autograds(measurements):
+    """<A(F G^T), v> = <F G^T, A*(v)> with A* from the gradient at any other point, A being linear."""
+    data = SensingDataModule(8, 6, 2, 40, measurements, symmetric=False, dtype="float64")
+    data.setup("fit")
+    v, eye = random(40, seed=3), torch.eye(6, dtype=torch.float64)
+    m = random(8, 6, seed=4).requires_grad_()
+    (adjoint,) = torch.autograd.grad(data.train_data.measure(m, eye) @ v, m)
+    f, g = random(8, 3), random(6, 3, seed=1)
+    torch.testing.assert_close(data.train_data.measure(f, g) @ v, (f @ g.T * adjoint).sum())
+
+
+@pytest.mark.parametrize("measurements", ["gaussian", "rank_one", "entries"])
+def test_recovers_from_fewer_measurements_than_entries(measurements):
+    data = SensingDataModule(20, 15, 1, 250, measurements, symmetric=False, dtype="float64")
+    data.setup("fit")
+    torch.manual_seed(0)
+    module = AsymmetricSensing(20, 15, 1, (0.5,)).double()
+    descend(module, data.train_data, 1500, lr=0.1)
+    assert float((module() - data.val_data.matrix).detach().square().sum()) < 1e-8
 
 
 def test_superfluous_eigenvalues_decay_like_one_over_t():
