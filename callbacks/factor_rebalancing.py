@@ -69,16 +69,18 @@ class FactorRebalancing(Callback):
         self.beta = beta
         self.rank = rank
         self.fired_at: int | None = None
+        self.betas: list[float] = []  # those used, pair by pair; on rank zero
         self.losses: list[float] = []  # the first, and the last 50
         self.steps = 0  # optimizer steps when the last batch ended
 
     def state_dict(self) -> dict[str, Any]:
-        """When it fired, and the losses that decide."""
-        return {"fired_at": self.fired_at, "losses": list(self.losses)}
+        """When it fired and with which ``beta``, and the losses that decide."""
+        return {"fired_at": self.fired_at, "betas": list(self.betas), "losses": list(self.losses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.fired_at = state_dict["fired_at"]
+        self.betas = list(state_dict["betas"])
         self.losses = list(state_dict["losses"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,7 +116,8 @@ class FactorRebalancing(Callback):
         for pair in self._pairs(pl_module):
             left, right = (p.full_tensor() if isinstance(p, DTensor) else p for p in (factor.data for factor in pair))
             if trainer.is_global_zero:
-                rebalance_factors_(left, right.mT if self.right_is_transposed else right, self.beta, self.rank)
+                right_factor = right.mT if self.right_is_transposed else right
+                self.betas += rebalance_factors_(left, right_factor, self.beta, self.rank).flatten().tolist()
             for factor, new in zip(pair, (left, right), strict=True):
                 if trainer.world_size > 1:
                     dist.broadcast(new, 0)

@@ -51,7 +51,8 @@ def test_fires_by_the_loss(tmp_path):
     assert last < 0.01 * first or last > 0.8 * callback.losses[-51]
     copy = FactorRebalancing()
     copy.load_state_dict(callback.state_dict())
-    assert (copy.fired_at, copy.losses) == (callback.fired_at, callback.losses)
+    assert (copy.fired_at, copy.betas, copy.losses) == (callback.fired_at, callback.betas, callback.losses)
+    assert callback.betas == pytest.approx([0.5**0.5], rel=0.1)  # of a signal of 1
 
 
 def test_fires_between_steps_when_gradients_accumulate(tmp_path):
