@@ -258,7 +258,7 @@ def wmf() -> None:
 
         return evaluate(scores, data)
 
-    grid = list(product((32, 64, 128), (1.0, 5.0, 20.0), (0.1, 1.0, 10.0)))
+    grid = list(product((16, 32, 64, 128), (1.0, 5.0, 20.0), (1.0, 10.0, 30.0, 100.0)))
     best = max(grid, key=lambda settings: result(0, *settings)["val/ndcg@100"])
     found = row("WMF, implicit", [result(seed, *best) for seed in SEEDS])
     found |= dict(zip(("factors", "alpha", "regularization"), best, strict=True))
