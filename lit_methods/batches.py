@@ -250,7 +250,8 @@ class InteractionBatch(NamedTuple):
     """Histories of users as sparse rows (CSR), and what of each user's interactions was held out.
 
     Attributes:
-        items: the items that user ``u`` interacted with are ``items[offsets[u]:offsets[u + 1]]``, int64 ``(nnz,)``.
+        items: the items that user ``u`` interacted with are ``items[offsets[u]:offsets[u + 1]]``, each once, int64
+            ``(nnz,)``.
         offsets: int64 ``(users + 1,)``, from 0 to ``nnz``, never falling.
         values: how often or how much, >= 0, floating point ``(nnz,)``; ``None``: 1 each.
         target_items: held-out items, which are not in the history, int64; for training empty.

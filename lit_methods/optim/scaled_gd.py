@@ -20,12 +20,12 @@ class ScaledGD(Optimizer):
     """``F <- F - lr dF (G^T G + damping I)^-1`` and ``G <- G - lr dG (F^T F + damping I)^-1``, at once.
 
     A parameter group is one such pair, ``F`` ``(..., rows, k)`` and ``G`` ``(..., columns, k)``, or a single ``X`` of
-    ``X X^T``, which is its own partner. Computed in at least float32, without host synchronisations. It keeps no state.
-    Ranks (DDP) take the same step from the averaged gradients.
+    ``X X^T``, which is its own partner. Computed in at least float32. It keeps no state and asks for no host
+    synchronisation (not yet run on CUDA). Ranks (DDP) take the same step from the averaged gradients.
 
     Args:
         params: the two factors or the single one; several pairs as groups; named parameters.
-        lr: step, >= 0. Since the preconditioner takes out the scale of the matrix, 0.5 suits any.
+        lr: step, >= 0. The preconditioner takes out the scale of the matrix, so that 0.5 suits small and large.
         damping: ``lambda`` >= 0, of the order of the smallest singular value of the signal; 0 (the first paper) only
             while the factors keep their full rank. ``None``: plain gradient descent, for groups that hold anything else
             (biases, heads).
@@ -90,8 +90,7 @@ def _direction(gradient: Tensor | None, partner: Tensor | None, damping: float) 
     dtype = torch.promote_types(partner.dtype, torch.float32)
     gram = partner.mT.to(dtype) @ partner.to(dtype)
     gram.diagonal(dim1=-2, dim2=-1).add_(damping)
-    cholesky = torch.linalg.cholesky_ex(gram).L  # unlike solve, it does not wait for the device
-    return torch.cholesky_solve(gradient.mT.to(dtype), cholesky).mT
+    return gradient.to(dtype) @ torch.linalg.inv_ex(gram).inverse  # unlike solve, it does not wait for the device
 
 
 def _check_group(group: dict[str, Any]) -> None:
