@@ -188,6 +188,7 @@ class _Autoencoder(LightningModule):
 
         Raises:
             ValueError: ``k`` or the history is out of range.
+            RuntimeError: ``num_items`` was left to the datamodule, and nothing has been fitted yet.
         """
         batch = self._as_batch(history)
         assert self.num_items is not None

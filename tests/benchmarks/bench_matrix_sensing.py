@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_matrix_sensing [accuracy] [completion] [lora] [cost]
 
 No package solves this problem; the alternatives are written out below as their papers state them, plus the nuclear
-norm by cvxpy when it is installed. (fancyimpute 0.7.0 has soft-impute, but does not run beside scikit-learn 1.8.) The
+norm by cvxpy when it is installed. (fancyimpute 0.7.0 has soft-impute, but does not run beside scikit-learn 1.9.) The
 comparison of LoRA needs peft.
 """
 
