@@ -119,7 +119,7 @@ class DenseDual(NamedTuple):
         """Newton's direction with a Hessian that is as sparse as asked."""
         plan, (n, m) = self.plan, self.plan.shape[-2:]
         if self.sparsity == "adaptive" and m > _DENSE_SIZE:
-            threshold = negligible(at.error, n, m)
+            threshold = negligible(at.error, n * m, self.sharded)
         elif self.sparsity == "topk" and self.nnz_per_row * max(n, m) < n * m:
             threshold = plan.flatten(1).topk(self.nnz_per_row * max(n, m), sorted=False).values.amin(-1)
         else:
@@ -131,7 +131,7 @@ class DenseDual(NamedTuple):
             if 4 * few > all_:
                 return self._dense_direction(at, gradient, damping)
         rows, columns = entries // m, entries // (n * m) * m + entries % m
-        times, squares = sparse_schur(rows, columns, plan.view(-1)[entries], self.a, self.b)
+        times, squares = sparse_schur(rows, columns, plan.view(-1).index_select(0, entries), self.a, self.b)
         return iterative_direction(self.b, at, gradient, damping, times, squares, self.sharded)
 
     def subset(self, chosen: Tensor) -> "DenseDual":
@@ -182,9 +182,12 @@ def lowest_exponent(dtype: torch.dtype) -> float:
     return 0.85 * math.log(torch.finfo(dtype).tiny)
 
 
-def negligible(error: Tensor, n: int, m: int) -> Tensor:
-    """Dropping entries of a plan below this, ``(B,)``, drops at most a tenth of the marginal error."""
-    return 0.1 * error.clamp(max=0.1) / (n * m)
+def negligible(error: Tensor, entries: int, sharded: bool) -> Tensor:
+    """Dropping entries of plans below this, ``(B,)``, drops at most a tenth of the marginal error.
+
+    ``entries`` of a plan are this rank's.
+    """
+    return 0.1 * error.clamp(max=0.1) / (entries * dist.get_world_size() if sharded else entries)
 
 
 def sparse_schur(
@@ -194,10 +197,11 @@ def sparse_schur(
 
     Rows and columns count through all problems, which lie along the diagonal of one sparse matrix.
     """
-    values = values / a.flatten()[rows].sqrt()
-    matrix = _csr(rows, columns, values, a.numel(), b.numel())
+    values = values * a.rsqrt().flatten().index_select(0, rows)
+    matrix = _csr(rows, columns, values, height=a.numel(), width=b.numel())
     order = columns.argsort(stable=True)
-    transposed = _csr(columns[order], rows[order], values[order], b.numel(), a.numel())
+    by_column = (x.index_select(0, order) for x in (columns, rows, values))
+    transposed = _csr(*by_column, height=b.numel(), width=a.numel())
     squares = b.new_zeros(b.numel()).index_add_(0, columns, values.square())
     return lambda x: (transposed @ (matrix @ x.flatten())).view_as(x), squares.view_as(b)
 
@@ -280,7 +284,7 @@ def factorise(schur: Tensor, columns: Tensor, damping: Tensor) -> Tensor:
     return factor
 
 
-def _csr(rows: Tensor, columns: Tensor, values: Tensor, height: int, width: int) -> Tensor:
+def _csr(rows: Tensor, columns: Tensor, values: Tensor, *, height: int, width: int) -> Tensor:
     """A CSR matrix of entries sorted by row."""
     starts = torch.zeros(height + 1, dtype=torch.int64, device=rows.device)
     starts[1:] = torch.bincount(rows, minlength=height).cumsum(0)

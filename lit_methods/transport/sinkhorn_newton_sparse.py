@@ -110,8 +110,8 @@ def sinkhorn_newton(
             Newton step succeeds; the others start again from where ``eta`` times the range of the costs is at most 40.
         dtype: float32 or float64 to compute in; ``None``: float64 for float64 costs, else float32. Results have it.
         row_sharded: ``cost`` and ``a`` are this rank's rows of a problem that all ranks of the default process group
-            solve together; ``b`` is whole on each. So are ``g``, ``value`` and ``cost`` of the result; ``plan`` and
-            ``f`` are this rank's rows. Gradients are those of the sum over ranks, as after an ``all_gather``.
+            solve together, if there is one; ``b`` is whole on each. Of the result, ``plan`` and ``f`` are this rank's
+            rows, all else is joint. Gradients are those of the sum over ranks, as after an ``all_gather``.
         warmstart: column potentials to start from, ``(..., m)``: ``g`` of the result of a similar problem.
 
     Returns:
@@ -196,11 +196,11 @@ class SinkhornNewton(nn.Module):
         with torch.autocast(cost.device.type, enabled=False):
             with torch.no_grad():
                 f, g, plan, stats = _solve(self, cost, a, b, g)
-            value = _Value.apply(cost, a, b, f, g, self.eta, self.row_sharded)
-            f, g, plan = _Solution.apply(cost, a, b, f, g, plan, self.eta, self.row_sharded)
+            value = _Value.apply(cost, a, b, f, g, self.eta, self.sharded)
+            f, g, plan = _Solution.apply(cost, a, b, f, g, plan, self.eta, self.sharded)
             finite = cost if bool(cost.amax() < math.inf) else torch.where(cost < math.inf, cost, 0.0)
-            transported = (plan.flatten(1) * finite.flatten(1)).sum(-1)
-        if self.row_sharded:
+            transported = torch.einsum("bnm,bnm->b", plan, finite)
+        if self.sharded:
             value, transported = (dist_nn.all_reduce(x) for x in (value, transported))
         return OTResult(*(x.reshape(batch + x.shape[1:]) for x in (plan, f, g, value, transported, *stats)))
 
@@ -212,8 +212,13 @@ class SinkhornNewton(nn.Module):
         cost, a, b, g = self._checked(cost, a, b, warmstart)
         with torch.autocast(cost.device.type, enabled=False), torch.no_grad():
             f, g, *_ = _solve(self, cost, a, b, g)
-        value = _Value.apply(cost, a, b, f, g, self.eta, self.row_sharded)
-        return (dist_nn.all_reduce(value) if self.row_sharded else value).reshape(batch)
+        value = _Value.apply(cost, a, b, f, g, self.eta, self.sharded)
+        return (dist_nn.all_reduce(value) if self.sharded else value).reshape(batch)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several ranks solve one problem together."""
+        return self.row_sharded and dist.is_available() and dist.is_initialized()
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -222,9 +227,7 @@ class SinkhornNewton(nn.Module):
     def _checked(
         self, cost: Tensor, a: Tensor | None, b: Tensor | None, g: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The problem as ``(B, n, m)``, ``(B, n)``, ``(B, m)`` and the start as ``(B, m)``, in the dtype to compute in."""
-        if self.row_sharded and not dist.is_initialized():
-            raise ValueError("row_sharded=True needs an initialized process group")
+        """The problem as ``(B, n, m)``, ``(B, n)``, ``(B, m)``, the start as ``(B, m)``, of the dtype to compute in."""
         if not cost.is_floating_point():
             raise ValueError(f"cost must be floating point, got {cost.dtype}")
         if cost.ndim < 2 or cost.numel() == 0:
@@ -233,28 +236,14 @@ class SinkhornNewton(nn.Module):
         batch, sizes = cost.shape[:-2], cost.shape[-2:]
         cost = cost.to(dtype).reshape(-1, *sizes)
         row_minima, column_minima = cost.detach().amin(-1), cost.detach().amin(-2)
-        if self.row_sharded:
+        if self.sharded:
             dist.all_reduce(column_minima, dist.ReduceOp.MIN)
         smallest = torch.cat([row_minima, column_minima], -1)
         if not bool((smallest > -math.inf).all()):
             raise ValueError("cost must hold no NaN and no -inf")
         if not bool((smallest < math.inf).all()):
             raise ValueError("cost must have a finite entry in every row and every column")
-        rows = total_rows(cost.new_zeros(1, sizes[0]), self.row_sharded)[1].item()
-        weights = []
-        for name, given, size, number in (("a", a, sizes[0], rows), ("b", b, sizes[1], sizes[1])):
-            w = cost.new_full((size,), 1 / number) if given is None else given
-            if not w.is_floating_point():
-                raise ValueError(f"{name} must be floating point, got {w.dtype}")
-            if w.ndim == 0 or w.shape[-1] != size:
-                raise ValueError(f"{name} must have shape (..., {size}) for this cost, got {tuple(w.shape)}")
-            if not bool(((w > 0) & (w < math.inf)).all()):
-                raise ValueError(f"{name} must be > 0 and finite; drop rows and columns without weight, got {w}")
-            weights.append(w.to(cost).expand(*batch, size).reshape(-1, size))
-        a, b = weights
-        masses = [total_rows(a.detach().double(), self.row_sharded)[0][:, 0], b.detach().double().sum(-1)]
-        if bool(((masses[0] - masses[1]).abs() > 1e-6 * masses[0]).any()):
-            raise ValueError(f"a and b must have equal sums, got {masses[0].tolist()} and {masses[1].tolist()}")
+        a, b = checked_weights(cost, batch, sizes, a, b, self.sharded)
         if g is not None:
             if g.ndim == 0 or g.shape[-1] != sizes[1] or not bool(g.isfinite().all()):
                 raise ValueError(
@@ -264,6 +253,28 @@ class SinkhornNewton(nn.Module):
         return cost, a, b, g
 
 
+def checked_weights(
+    like: Tensor, batch: torch.Size, sizes: torch.Size, a: Tensor | None, b: Tensor | None, sharded: bool
+) -> tuple[Tensor, Tensor]:
+    """Weights ``(B, n)`` and ``(B, m)`` of ``sizes`` = (n, m), of the dtype and on the device of ``like``."""
+    rows = total_rows(like.new_zeros(1, sizes[0]), sharded)[1].item()
+    weights = []
+    for name, given, size, number in (("a", a, sizes[0], rows), ("b", b, sizes[1], sizes[1])):
+        w = like.new_full((size,), 1 / number) if given is None else given
+        if not w.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {w.dtype}")
+        if w.ndim == 0 or w.shape[-1] != size:
+            raise ValueError(f"{name} must have shape (..., {size}) for this cost, got {tuple(w.shape)}")
+        if not bool(((w > 0) & (w < math.inf)).all()):
+            raise ValueError(f"{name} must be > 0 and finite; drop rows and columns without weight, got {w}")
+        weights.append(w.to(like).expand(*batch, size).reshape(-1, size))
+    a, b = weights
+    masses = [total_rows(a.detach().double(), sharded)[0][:, 0], b.detach().double().sum(-1)]
+    if bool(((masses[0] - masses[1]).abs() > 1e-6 * masses[0]).any()):
+        raise ValueError(f"a and b must have equal sums, got {masses[0].tolist()} and {masses[1].tolist()}")
+    return a, b
+
+
 def _plan(cost: Tensor, f: Tensor, g: Tensor, eta: float) -> Tensor:
     plan = torch.sub((eta * f - 1)[..., None] + (eta * g)[..., None, :], cost, alpha=eta)
     return _drop_underflow(plan.clamp_(min=lowest_exponent(plan.dtype)).exp_())
@@ -271,7 +282,7 @@ def _plan(cost: Tensor, f: Tensor, g: Tensor, eta: float) -> Tensor:
 
 def _drop_underflow(plan: Tensor) -> Tensor:
     """Make what is left of forbidden and far too expensive pairs exactly 0, in place."""
-    return nn.functional.threshold_(plan, torch.finfo(plan.dtype).tiny ** 0.8, 0.0)
+    return nn.functional.threshold(plan, torch.finfo(plan.dtype).tiny ** 0.8, 0.0, inplace=True)
 
 
 class _Value(torch.autograd.Function):
@@ -286,7 +297,7 @@ class _Value(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(cost, a, b, f, g)
         ctx.eta, ctx.sharded = eta, sharded
-        return (a * f).sum(-1) - a.sum(-1) / eta + _share(b * g, sharded).sum(-1)
+        return (a * f).sum(-1) - a.sum(-1) / eta + share_of_rank(b * g, sharded).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -298,10 +309,10 @@ class _Value(torch.autograd.Function):
             if torch.is_grad_enabled():
                 f, g, plan = _Solution.apply(cost, a, b, f, g, plan, ctx.eta, ctx.sharded)
         grad_cost = None if plan is None else weight[..., None] * plan
-        return grad_cost, weight * f, weight * _share(g, ctx.sharded), None, None, None, None
+        return grad_cost, weight * f, weight * share_of_rank(g, ctx.sharded), None, None, None, None
 
 
-def _share(x: Tensor, sharded: bool) -> Tensor:
+def share_of_rank(x: Tensor, sharded: bool) -> Tensor:
     """This rank's part of what all ranks hold alike."""
     return x / dist.get_world_size() if sharded else x
 
@@ -335,7 +346,7 @@ class _Solution(torch.autograd.Function):
             grad_cost = plan * (u[..., None] + w[..., None, :])
             if moved is not None:
                 grad_cost -= moved
-            results = grad_cost, u / ctx.eta, _share(w / ctx.eta, ctx.sharded)
+            results = grad_cost, u / ctx.eta, share_of_rank(w / ctx.eta, ctx.sharded)
         if torch.is_grad_enabled():
             given = [grad for grad in grads if grad is not None]
             results = tuple(_NoSecondDerivative.apply(result, *given, cost, a, b) for result in results)
@@ -362,7 +373,7 @@ def _solve(
     solver: SinkhornNewton, cost: Tensor, a: Tensor, b: Tensor, g: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Stats]:
     """Potentials, plan and what it took, for problems ``(B, n, m)``; ``g`` is a start."""
-    eta, sharded = solver.eta, solver.row_sharded
+    eta, sharded = solver.eta, solver.sharded
     if cost.shape[-1] > cost.shape[-2] and not sharded:
         f = None if g is None else -torch.logsumexp(eta * (g[:, None] - cost), -1) / eta
         g, f, plan, stats = _solve(solver, cost.mT.contiguous(), b, a, f)
@@ -374,8 +385,8 @@ def _solve(
     if bool((low == -math.inf).any()):
         low = torch.where(kernel > -math.inf, kernel, math.inf).amin((-2, -1))
     if sharded:
-        high = -_lowest_of_ranks(-high)
-        low = _lowest_of_ranks(low)
+        high = -lowest_of_ranks(-high)
+        low = lowest_of_ranks(low)
     dual = DenseDual(kernel, a, b, torch.empty_like(kernel), solver.sparsity, solver.nnz_per_row, sharded)
     v = torch.zeros_like(b) if g is None else eta * g
     end, stats = maximise(dual, solver, v, float((high - low).max()))
@@ -383,7 +394,7 @@ def _solve(
     return f, g, _drop_underflow(dual.plan.mul_(mass[..., None])), stats
 
 
-def _lowest_of_ranks(x: Tensor) -> Tensor:
+def lowest_of_ranks(x: Tensor) -> Tensor:
     dist.all_reduce(x, dist.ReduceOp.MIN)
     return x
 
@@ -396,10 +407,11 @@ def maximise(dual: SemiDual, solver: SinkhornNewton, v: Tensor, extent: float) -
     end, sweeps, steps = _ascend(dual, solver, v, solver.eps_scaling or 0, tol, 1 if may_restart else 3)
     hard = end.error > tol
     if may_restart and bool(hard.any()):
-        part = dual.subset(hard)
+        part = dual if bool(hard.all()) else dual.subset(hard)
         doublings = math.ceil(math.log2(extent / _SCALED_RANGE))
         rest, more_sweeps, more_steps = _ascend(part, solver, torch.zeros_like(part.b), doublings, tol, 3)
-        dual.replace(hard, part)
+        if part is not dual:
+            dual.replace(hard, part)
         end = end.replaced(hard, rest)
         sweeps[hard] += more_sweeps
         steps[hard] += more_steps
