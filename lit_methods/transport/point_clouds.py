@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lit_methods.transport.semi_dual import (
     Point,
@@ -21,6 +20,7 @@ from lit_methods.transport.semi_dual import (
     total_rows,
 )
 from lit_methods.transport.sinkhorn_newton_sparse import (
+    NoSecondDerivative,
     SinkhornNewton,
     checked_weights,
     lowest_of_ranks,
@@ -31,7 +31,7 @@ from lit_methods.transport.sinkhorn_newton_sparse import (
 __all__ = ["grid_points", "point_cost"]
 
 _TILE = 2**18  # entries
-_MOST_ENTRIES = 2**24  # of a Hessian in memory, where they take 1 GB
+_MOST_ENTRIES = 2**23  # of a Hessian in memory, where they take half a GB
 
 
 def point_cost(x: Tensor, y: Tensor, p: int = 2) -> Tensor:
@@ -208,17 +208,20 @@ class _TiledValue(torch.autograd.Function):
         return (a * f).sum() - a.sum() / eta + share_of_rank(b * g, sharded).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
         x, y, a, b, f, g = ctx.saved_tensors
         eta, sharded = ctx.solver.eta, ctx.solver.sharded
-        dual = TiledDual(x[None], y[None], a[None], b[None], ctx.p, eta, sharded)
-        at = point(dual.a, dual.b, eta * g[None], eta * f[None] - 1, dual.b, False)
         grad_x, grad_y = torch.empty_like(x), torch.zeros_like(y)
-        for rows, plan in dual.plan(1.0, at):
-            with torch.enable_grad():
-                some, others = x[rows].detach().requires_grad_(), y.detach().requires_grad_()
-                cost = point_cost(some, others, ctx.p)
-            grad_x[rows], more = torch.autograd.grad(cost, (some, others), plan[0])
-            grad_y += more
-        return weight * grad_x, weight * grad_y, weight * f, weight * share_of_rank(g, sharded), None, None
+        with torch.no_grad():
+            dual = TiledDual(x[None], y[None], a[None], b[None], ctx.p, eta, sharded)
+            at = point(dual.a, dual.b, eta * g[None], eta * f[None] - 1, dual.b, False)
+            for rows, plan in dual.plan(1.0, at):
+                with torch.enable_grad():
+                    some, others = x[rows].detach().requires_grad_(), y.detach().requires_grad_()
+                    cost = point_cost(some, others, ctx.p)
+                grad_x[rows], more = torch.autograd.grad(cost, (some, others), plan[0])
+                grad_y += more
+        results = tuple(weight.detach() * z for z in (grad_x, grad_y, f, share_of_rank(g, sharded)))
+        if torch.is_grad_enabled():
+            results = tuple(NoSecondDerivative.apply(z, weight, x, y, a, b) for z in results)
+        return *results, None, None

@@ -123,16 +123,19 @@ class DenseDual(NamedTuple):
         elif self.sparsity == "topk" and self.nnz_per_row * max(n, m) < n * m:
             threshold = plan.flatten(1).topk(self.nnz_per_row * max(n, m), sorted=False).values.amin(-1)
         else:
-            return self._dense_direction(at, gradient, damping)
-        entries = (plan >= threshold[:, None, None]).view(-1).nonzero()[:, 0]
-        if self.sparsity == "adaptive":
-            kept = sum_ranks(plan.new_tensor([len(entries), plan.numel()]), True) if self.sharded else None
-            few, all_ = (len(entries), plan.numel()) if kept is None else kept.tolist()
-            if 4 * few > all_:
-                return self._dense_direction(at, gradient, damping)
+            factor = factorise(schur(plan, self.a, self.sharded), at.columns, damping)
+            return torch.cholesky_solve(gradient[..., None], factor)[..., 0]
+        kept = plan >= threshold[:, None, None]
+        if self.sparsity == "adaptive" and 4 * int(kept.sum()) > kept.numel():
+            squares = (plan.square() / self.a[..., None]).sum(-2)
+            return iterative_direction(self.b, at, gradient, damping, self._schur_times, squares, self.sharded)
+        entries = kept.view(-1).nonzero()[:, 0]
         rows, columns = entries // m, entries // (n * m) * m + entries % m
         times, squares = sparse_schur(rows, columns, plan.view(-1).index_select(0, entries), self.a, self.b)
         return iterative_direction(self.b, at, gradient, damping, times, squares, self.sharded)
+
+    def _schur_times(self, vector: Tensor) -> Tensor:
+        return mv(self.plan.mT, mv(self.plan, vector) / self.a)
 
     def subset(self, chosen: Tensor) -> "DenseDual":
         """Some of the problems."""
@@ -142,10 +145,6 @@ class DenseDual(NamedTuple):
     def replace(self, chosen: Tensor, part: "DenseDual") -> None:
         """Take over a subset's plans."""
         self.plan[chosen] = part.plan
-
-    def _dense_direction(self, at: Point, gradient: Tensor, damping: Tensor) -> Tensor:
-        factor = factorise(schur(self.plan, self.a, self.sharded), at.columns, damping)
-        return torch.cholesky_solve(gradient[..., None], factor)[..., 0]
 
     def _column_logsumexp(self, scale: float, u: Tensor) -> Tensor:
         exponents = u[..., None] + scale * self.kernel

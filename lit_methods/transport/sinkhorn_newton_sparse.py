@@ -349,11 +349,13 @@ class _Solution(torch.autograd.Function):
             results = grad_cost, u / ctx.eta, share_of_rank(w / ctx.eta, ctx.sharded)
         if torch.is_grad_enabled():
             given = [grad for grad in grads if grad is not None]
-            results = tuple(_NoSecondDerivative.apply(result, *given, cost, a, b) for result in results)
+            results = tuple(NoSecondDerivative.apply(result, *given, cost, a, b) for result in results)
         return *results, None, None, None, None, None
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class NoSecondDerivative(torch.autograd.Function):
+    """The identity on a gradient; whoever differentiates it learns that this cannot be done."""
+
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.clone()
@@ -361,8 +363,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
-            "Second derivatives of an optimal transport plan, its potentials or its cost are not implemented; those of "
-            "`value` are."
+            "Second derivatives of an optimal transport plan, its potentials, its cost or a tiled value are not "
+            "implemented; those of `value` are."
         )
 
 
@@ -375,7 +377,7 @@ def _solve(
     """Potentials, plan and what it took, for problems ``(B, n, m)``; ``g`` is a start."""
     eta, sharded = solver.eta, solver.sharded
     if cost.shape[-1] > cost.shape[-2] and not sharded:
-        f = None if g is None else -torch.logsumexp(eta * (g[:, None] - cost), -1) / eta
+        f = None if g is None else (a.log() - torch.logsumexp(eta * (g[:, None] - cost), -1)) / eta
         g, f, plan, stats = _solve(solver, cost.mT.contiguous(), b, a, f)
         return f, g, plan.mT, stats
     mass = b.sum(-1, keepdim=True)

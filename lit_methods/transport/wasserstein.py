@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -128,8 +127,8 @@ class OTLoss(nn.Module):
             all_x, all_y, all_a, all_b = x, y, a, b
             if self.solver.row_sharded and dist.is_initialized():
                 a, b = (w if w is None else w / dist.get_world_size() for w in (a, b))
-                all_x, all_y = _gather(x, -2), _gather(y, -2)
-                all_a, all_b = (w if w is None else _gather(w, -1) for w in (a, b))
+                all_x, all_y = _Gather.apply(x, -2), _Gather.apply(y, -2)
+                all_a, all_b = (w if w is None else _Gather.apply(w, -1) for w in (a, b))
             losses = self._transport(x, all_y, a, all_b)
             if self.debias:
                 losses = losses - (self._transport(x, all_x, a, all_a) + self._transport(y, all_y, b, all_b)) / 2
@@ -144,9 +143,21 @@ class OTLoss(nn.Module):
         return self.solver(cost, a, b).cost if self.value == "transport" else self.solver.value(cost, a, b)
 
 
-def _gather(x: Tensor, dim: int) -> Tensor:
-    """The tensors of all ranks joined along ``dim``, with gradients."""
-    return torch.cat(dist_nn.all_gather(x.contiguous()), dim)
+class _Gather(torch.autograd.Function):
+    """The tensors of all ranks joined along ``dim``; gradients of the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size(), ctx.dim)[dist.get_rank()], None
 
 
 class SinkhornAssignment(nn.Module):

@@ -179,6 +179,21 @@ def test_a_single_row_or_column(shape):
     torch.testing.assert_close(gradient, result.plan, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_warm_start(shape):
+    """From the solution of a nearby problem: fewer steps, the same solution."""
+    cost, a, b = random_problem(*shape, (2,))
+    solve = SinkhornNewton(100.0, warmup=2)
+    start = solve(1.001 * cost, a, b).g
+    cold, warm = solve(cost, a, b), solve(cost, a, b, start)
+    torch.testing.assert_close(warm.plan, cold.plan, atol=1e-9, rtol=0)
+    assert warm.converged.all()
+    assert (warm.n_newton < cold.n_newton).all()
+    again = sinkhorn_newton(cost, a, b, eta=100.0, warmstart=cold.g)
+    assert not again.n_newton.any()
+    assert not again.n_sinkhorn.any()
+
+
 def test_weights_broadcast_over_the_batch():
     cost, a, b = random_problem(6, 5, (3,))
     result = sinkhorn_newton(cost, a[0], b[1], eta=20.0)
@@ -366,6 +381,12 @@ def test_bad_settings(arguments, message):
 def test_bad_problems(problem, message):
     with pytest.raises(ValueError, match=message):
         sinkhorn_newton(*problem, eta=10.0)
+
+
+@pytest.mark.parametrize("start", [torch.zeros(2), torch.full((3,), math.nan)])
+def test_bad_warm_start(start):
+    with pytest.raises(ValueError, match="warmstart must be finite and have shape"):
+        sinkhorn_newton(torch.zeros(2, 3), eta=1.0, warmstart=start)
 
 
 def test_settings_are_in_the_repr():
