@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Sparsity = Literal["adaptive", "topk", "dense"]
-_DENSE_SIZE = 256  # up to this many columns a dense factorisation is as fast as conjugate gradients
+_DENSE_WORK = 2**24  # up to this many products, B m^3, dense factorisations are as fast as conjugate gradients
 _CG_STEPS = 400
 
 
@@ -118,7 +118,7 @@ class DenseDual(NamedTuple):
     def direction(self, scale: float, at: Point, gradient: Tensor, damping: Tensor) -> Tensor:
         """Newton's direction with a Hessian that is as sparse as asked."""
         plan, (n, m) = self.plan, self.plan.shape[-2:]
-        if self.sparsity == "adaptive" and m > _DENSE_SIZE:
+        if self.sparsity == "adaptive" and len(plan) * m**3 > _DENSE_WORK:
             threshold = negligible(at.error, n * m, self.sharded)
         elif self.sparsity == "topk" and self.nnz_per_row * max(n, m) < n * m:
             threshold = plan.flatten(1).topk(self.nnz_per_row * max(n, m), sorted=False).values.amin(-1)

@@ -1414,6 +1414,18 @@ RECIPES: dict[str, RecipeCase] = {
     "sso/logistic": RecipeCase(_TINY),
     "sso/matrix_factorization": RecipeCase(_TINY),
     "sinkhorn_newton_sparse/registration": RecipeCase(_TINY),
+    "sinkhorn_newton_sparse/fashion_mnist": RecipeCase(
+        [
+            *_TINY,
+            "--data.data_dir=.",
+            "--data.val_size=8",
+            "--data.batch_size=8",
+            "--trainer.callbacks.assignment_size=20",
+            "--trainer.callbacks.image_size=6",
+            "--trainer.callbacks.eta=100",
+        ],
+        prepare=write_mnist,
+    ),
     "sinkhorn_newton_sparse/tables": RecipeCase(
         [
             *_TINY,
