@@ -144,10 +144,10 @@ class TiledDual(NamedTuple):
         threshold = negligible(at.error, n * m, self.sharded)
         rows, columns, values, number = [], [], [], 0
         for chosen, tile in self.plan(scale, at):
-            entries = (tile >= threshold).view(-1).nonzero()[:, 0]
+            entries = (tile >= threshold).flatten().nonzero()[:, 0]
             rows.append(chosen.start + entries // m)
             columns.append(entries % m)
-            values.append(tile.view(-1).index_select(0, entries))
+            values.append(tile.flatten().index_select(0, entries))
             number += len(entries)
             if number > _MOST_ENTRIES:
                 return self._matrix_free_direction(scale, at, gradient, damping)

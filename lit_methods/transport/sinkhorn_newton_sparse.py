@@ -382,7 +382,7 @@ def _solve(
         return f, g, plan.mT, stats
     mass = b.sum(-1, keepdim=True)
     a, b = a / total_rows(a, sharded)[0], b / mass
-    kernel = -eta * cost
+    kernel = (-eta * cost).contiguous()
     low, high = kernel.amin((-2, -1)), kernel.amax((-2, -1))
     if bool((low == -math.inf).any()):
         low = torch.where(kernel > -math.inf, kernel, math.inf).amin((-2, -1))

@@ -179,6 +179,14 @@ def test_a_single_row_or_column(shape):
     torch.testing.assert_close(gradient, result.plan, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("dense_work", [0, 2**30])
+def test_memory_layout_does_not_matter(dense_work, monkeypatch):
+    monkeypatch.setattr(semi_dual, "_DENSE_WORK", dense_work)
+    cost, a, b = random_problem(9, 9, (2,))
+    other_layout = cost.mT.contiguous().mT
+    assert torch.equal(sinkhorn_newton(other_layout, a, b, eta=100.0).plan, sinkhorn_newton(cost, a, b, eta=100.0).plan)
+
+
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
 def test_warm_start(shape):
     """From the solution of a nearby problem: fewer steps, the same solution."""
