@@ -222,7 +222,8 @@ def large(cap: float = 60.0) -> None:
         section = f"n=5000, eta={eta:g}, {cap:g} s each"
         for solver, points in table("assignment, n=5000", assignment(5000, 0, eta), cap, section, repeats=1).items():
             axes.plot([p.seconds for p in points], [p.error for p in points], marker=".", label=solver)
-        axes.set(yscale="log", xscale="log", xlabel="CPU seconds", ylabel="marginal error", title=f"eta = {eta:g}")
+        axes.set(yscale="log", xscale="log", xlim=(0.9, 100), ylim=(1e-13, 10))
+        axes.set(xlabel="CPU seconds", ylabel="marginal error", title=f"eta = {eta:g}")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(harness.RESULTS / "sinkhorn_newton_sparse_5000.png", dpi=120)
