@@ -32,6 +32,7 @@ __all__ = ["grid_points", "point_cost"]
 
 _TILE = 2**18  # entries
 _MOST_ENTRIES = 2**23  # of a Hessian in memory, where they take half a GB
+_MOST_SHARE = 1 / 16  # of its entries that are worth keeping
 
 
 def point_cost(x: Tensor, y: Tensor, p: int = 2) -> Tensor:
@@ -142,6 +143,7 @@ class TiledDual(NamedTuple):
         """Newton's direction with a sparse Hessian, or without storing it."""
         n, m = self.x.shape[1], self.y.shape[1]
         threshold = negligible(at.error, n * m, self.sharded)
+        most = min(_MOST_ENTRIES, _MOST_SHARE * n * m)
         rows, columns, values, number = [], [], [], 0
         for chosen, tile in self.plan(scale, at):
             entries = (tile >= threshold).flatten().nonzero()[:, 0]
@@ -149,7 +151,7 @@ class TiledDual(NamedTuple):
             columns.append(entries % m)
             values.append(tile.flatten().index_select(0, entries))
             number += len(entries)
-            if number > _MOST_ENTRIES:
+            if number > most:
                 return self._matrix_free_direction(scale, at, gradient, damping)
         times, squares = sparse_schur(torch.cat(rows), torch.cat(columns), torch.cat(values), self.a, self.b)
         return iterative_direction(self.b, at, gradient, damping, times, squares, self.sharded)

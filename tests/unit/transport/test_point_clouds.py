@@ -27,11 +27,11 @@ def test_grid_points_follow_flatten():
     assert [float(image[int(i), int(j)]) for i, j in grid] == image.flatten().tolist()
 
 
-@pytest.mark.parametrize("most_entries", [0, 2**20])  # without storing a Hessian, and storing it
+@pytest.mark.parametrize("most_share", [0.0, 1.0])  # without storing a Hessian, and storing it
 @pytest.mark.parametrize(("p", "eta"), [(1, 4.0), (2, 1.0), (2, 200.0)])
-def test_tiles_give_the_loss_and_gradients_of_the_matrix(p, eta, most_entries, monkeypatch):
+def test_tiles_give_the_loss_and_gradients_of_the_matrix(p, eta, most_share, monkeypatch):
     monkeypatch.setattr(point_clouds, "_TILE", 150)
-    monkeypatch.setattr(point_clouds, "_MOST_ENTRIES", most_entries)
+    monkeypatch.setattr(point_clouds, "_MOST_SHARE", most_share)
     inputs = (points(2, 40, 3), points(2, 31, 3, seed=1), points(2, 40, seed=2), points(2, 31, seed=3))
     results = []
     for tiled in (False, True):
@@ -55,7 +55,6 @@ def test_tiles_are_used_whenever_no_matrix_fits(monkeypatch):
             return result
 
     monkeypatch.setattr(point_clouds, "_TILE", 2000)
-    monkeypatch.setattr(point_clouds, "_MOST_ENTRIES", 4000)
     x = points(400, 2).requires_grad_()
     with Watch():
         OTLoss(50.0, tiled=True)(x, points(300, 2, seed=1)).backward()
