@@ -109,7 +109,7 @@ class TiledDual(NamedTuple):
     sharded: bool
 
     def tiles(self, scale: float, v: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows, and ``v + scale * kernel`` of these rows, ``(1, rows, m)``."""
+        """Rows, and ``v - scale eta cost`` of these rows, ``(1, rows, m)``."""
         rows, step = self.x.shape[1], max(1, _TILE // self.y.shape[1])
         for start in range(0, rows, step):
             chosen = slice(start, min(start + step, rows))

@@ -1,7 +1,8 @@
 """The dual of entropic transport, its row potential at the best, and Newton directions in the column potential.
 
-With potentials ``u`` (rows) and ``v`` (columns) in units of ``1 / eta``, the plan is ``exp(u + v + scale * kernel)``,
-``kernel = -eta cost``. Given ``v``, the best ``u`` makes each row of the plan a softmax times its weight.
+With potentials ``u`` (rows) and ``v`` (columns) in units of ``1 / eta``, the plan is ``exp(u + v - scale eta cost)``;
+``scale`` is below 1 on the way to the full ``eta``. Given ``v``, the best ``u`` makes each row of the plan a softmax
+times its weight.
 """
 
 import math
@@ -67,16 +68,18 @@ class DenseDual(NamedTuple):
     """Problems whose plan is held in memory.
 
     Attributes:
-        kernel: ``-eta cost``, ``(B, n, m)``.
+        cost: ``(B, n, m)``, contiguous.
+        eta: inverse regularization.
         a: weights of the rows, ``(B, n)``, of sum 1 over all ranks.
         b: weights of the columns, ``(B, m)``, of sum 1.
         plan: ``(B, n, m)``, overwritten by that of the last point.
         sparsity: how to thin out the Hessian.
         nnz_per_row: for ``sparsity="topk"``.
-        sharded: whether ``kernel``, ``a`` and ``plan`` are this rank's rows.
+        sharded: whether ``cost``, ``a`` and ``plan`` are this rank's rows.
     """
 
-    kernel: Tensor
+    cost: Tensor
+    eta: float
     a: Tensor
     b: Tensor
     plan: Tensor
@@ -86,7 +89,7 @@ class DenseDual(NamedTuple):
 
     def at(self, scale: float, v: Tensor) -> Point:
         """The point of ``v``; writes its plan."""
-        plan = torch.add(v[:, None, :], self.kernel, alpha=scale, out=self.plan)
+        plan = torch.add(v[:, None, :], self.cost, alpha=-self.eta * scale, out=self.plan)
         u = softmax_rows(plan, self.a)
         return point(self.a, self.b, v, u, plan.sum(-2), self.sharded)
 
@@ -126,7 +129,7 @@ class DenseDual(NamedTuple):
             factor = factorise(schur(plan, self.a, self.sharded), at.columns, damping)
             return torch.cholesky_solve(gradient[..., None], factor)[..., 0]
         kept = plan >= threshold[:, None, None]
-        if self.sparsity == "adaptive" and 4 * int(kept.sum()) > kept.numel():
+        if self.sparsity == "adaptive" and 4 * int(kept.count_nonzero()) > kept.numel():
             squares = (plan.square() / self.a[..., None]).sum(-2)
             return iterative_direction(self.b, at, gradient, damping, self._schur_times, squares, self.sharded)
         entries = kept.view(-1).nonzero()[:, 0]
@@ -139,15 +142,15 @@ class DenseDual(NamedTuple):
 
     def subset(self, chosen: Tensor) -> "DenseDual":
         """Some of the problems."""
-        kernel = self.kernel[chosen]
-        return self._replace(kernel=kernel, a=self.a[chosen], b=self.b[chosen], plan=torch.empty_like(kernel))
+        cost = self.cost[chosen]
+        return self._replace(cost=cost, a=self.a[chosen], b=self.b[chosen], plan=torch.empty_like(cost))
 
     def replace(self, chosen: Tensor, part: "DenseDual") -> None:
         """Take over a subset's plans."""
         self.plan[chosen] = part.plan
 
     def _column_logsumexp(self, scale: float, u: Tensor) -> Tensor:
-        exponents = u[..., None] + scale * self.kernel
+        exponents = u[..., None] - self.eta * scale * self.cost
         top = exponents.amax(-2)
         if self.sharded:
             dist.all_reduce(top, dist.ReduceOp.MAX)

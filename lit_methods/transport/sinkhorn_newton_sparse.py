@@ -199,7 +199,7 @@ class SinkhornNewton(nn.Module):
             value = _Value.apply(cost, a, b, f, g, self.eta, self.sharded)
             f, g, plan = _Solution.apply(cost, a, b, f, g, plan, self.eta, self.sharded)
             finite = cost if bool(cost.amax() < math.inf) else torch.where(cost < math.inf, cost, 0.0)
-            transported = torch.einsum("bnm,bnm->b", plan, finite)
+            transported = torch.linalg.vecdot(plan.flatten(1), finite.flatten(1))
         if self.sharded:
             value, transported = (dist_nn.all_reduce(x) for x in (value, transported))
         return OTResult(*(x.reshape(batch + x.shape[1:]) for x in (plan, f, g, value, transported, *stats)))
@@ -382,16 +382,15 @@ def _solve(
         return f, g, plan.mT, stats
     mass = b.sum(-1, keepdim=True)
     a, b = a / total_rows(a, sharded)[0], b / mass
-    kernel = (-eta * cost).contiguous()
-    low, high = kernel.amin((-2, -1)), kernel.amax((-2, -1))
-    if bool((low == -math.inf).any()):
-        low = torch.where(kernel > -math.inf, kernel, math.inf).amin((-2, -1))
+    cost = cost.contiguous()
+    low, high = cost.amin((-2, -1)), cost.amax((-2, -1))
+    if bool((high == math.inf).any()):
+        high = torch.where(cost < math.inf, cost, -math.inf).amax((-2, -1))
     if sharded:
-        high = -lowest_of_ranks(-high)
-        low = lowest_of_ranks(low)
-    dual = DenseDual(kernel, a, b, torch.empty_like(kernel), solver.sparsity, solver.nnz_per_row, sharded)
+        low, high = lowest_of_ranks(low), -lowest_of_ranks(-high)
+    dual = DenseDual(cost, eta, a, b, torch.empty_like(cost), solver.sparsity, solver.nnz_per_row, sharded)
     v = torch.zeros_like(b) if g is None else eta * g
-    end, stats = maximise(dual, solver, v, float((high - low).max()))
+    end, stats = maximise(dual, solver, v, eta * float((high - low).max()))
     f, g = equal_means((end.u + mass.log() + 1) / eta, end.v / eta, sharded)
     return f, g, _drop_underflow(dual.plan.mul_(mass[..., None])), stats
 
