@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_methods.optim import CBO, ConsensusHopping, particle_losses
-from lit_methods.optim.particles import alpha_for_sample_size, consensus_weights
+from lit_methods.optim.consensus import alpha_for_sample_size, consensus_weights
 
 
 def swarm(points: Tensor, **arguments) -> tuple[nn.Parameter, CBO]:
