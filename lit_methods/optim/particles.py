@@ -435,7 +435,7 @@ class ParticleOptimizer(Optimizer):
         stream, streams = self._ranks.stream
         saved = swarm["generators"]
         if len(saved) == streams and len(saved[stream]) == len(generator.get_state()):
-            return generator.set_state(saved[stream].cpu())
+            return generator.set_state(saved[stream].cpu().clone())  # a view crashes it
         return generator.manual_seed((swarm["seed"] + (len(saved) * 1000 + stream) * _RANK_STRIDE) % 2**63)
 
     @property
@@ -464,7 +464,9 @@ class ParticleOptimizer(Optimizer):
             swarm = self._consolidated or self._with_generator()
             result["state"] = {"swarm": swarm}
             if self._ranks.own_coordinates:
-                swarm["generators"] = _all_of_them(swarm["generators"][0], self._ranks)
+                swarm["generators"] = torch.stack(
+                    self._ranks.gather(swarm["generators"][0].to(swarm["best_loss"].device))
+                )
                 states = by_parameter(swarm, [p for _, p, _ in self._layout], (*self._by_particle, *self._by_run))
                 result["state"] = dict(zip(self._trained(), states, strict=True))
         return result
@@ -544,13 +546,6 @@ class ParticleOptimizer(Optimizer):
         swarm = self._prepare()
         assert self._generator is not None
         return {**swarm, "generators": [self._generator.get_state()]}
-
-
-def _all_of_them(generator: Tensor, ranks: ParticleRanks) -> Tensor:
-    """The ranks' generator states, ``(ranks, bytes)``."""
-    states = generator.new_empty(ranks.size, len(generator))
-    dist.all_gather_into_tensor(states, generator, group=ranks.group)
-    return states
 
 
 def _needs_argument(closure: Callable[..., Any]) -> bool:

@@ -1,0 +1,207 @@
+"""Consensus-based optimization of FSDP2 modules: each of two ranks holds its columns of all particles."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from tests.distributed.launch import run_ranks
+
+STEPS = 4
+N = 8
+SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "batches": (CBO, {"particle_batch_size": 4}),
+    "isotropic": (CBO, {"particle_batch_size": None, "noise": "isotropic", "sigma": 0.2}),
+    "stalled": (CBO, {"particle_batch_size": None, "stall_tol": 10.0, "init_around_current": True}),
+    "two runs": (CBO, {"particle_batch_size": 4, "num_runs": 2, "effective_sample_size": 0.5}),
+    "hopping": (ConsensusHopping, {}),
+}
+
+
+def net() -> nn.Sequential:
+    """Its last layer has one row, so that the second rank has nothing of it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).double()
+    return x, x.sin().sum(1, keepdim=True)
+
+
+def columns(rank: int) -> Tensor:
+    """Where this rank's coordinates are in one process's."""
+    kept, start = [], 0
+    for p in net().parameters():
+        rows = torch.arange(start, start + p.numel()).view(p.shape).chunk(2)
+        kept += [rows[rank].flatten()] if rank < len(rows) else []
+        start += p.numel()
+    return torch.cat(kept)
+
+
+def noise(patch: pytest.MonkeyPatch, runs: int, kept: Any) -> None:
+    """Give a process its columns of the noise that one process would draw."""
+    g = torch.Generator().manual_seed(7)
+
+    def fill(self, x: Tensor, mean: float, std: float) -> None:
+        x.copy_(mean + std * torch.randn(runs * N, 26, generator=g, dtype=torch.float64)[:, kept])
+
+    for kind in (CBO, ConsensusHopping):
+        patch.setattr(kind, "_fill_normal", fill)
+
+
+def sharded() -> nn.Module:
+    module = net()
+    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    return module
+
+
+def step(module: nn.Module, optimizer: Any, rows: slice) -> None:
+    x, y = data()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(module(x[rows]), y[rows])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def full(module: nn.Module) -> list[Tensor]:
+    return [p.detach().full_tensor().clone() for p in module.parameters()]  # type: ignore[operator]
+
+
+def run_on_rank(rank: int, folder: str) -> dict[str, Any]:
+    warnings.filterwarnings("ignore", message="with sigma")
+    rows = slice(rank, None, 2)
+    results: dict[str, Any] = {}
+    for name, (kind, arguments) in SETTINGS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            noise(patch, arguments.get("num_runs", 1), columns(rank))
+            module = sharded()
+            optimizer = kind(module.named_parameters(), num_particles=N, seed=3, **arguments)
+            for _ in range(STEPS):
+                step(module, optimizer, rows)
+        results[name] = {
+            "model": full(module),
+            "spread": optimizer.spread(),
+            "best": torch.cat([v.flatten() for v in optimizer.best_particle().values()]),
+            "particles": torch.cat([v.flatten(1) for v in optimizer.particles.values()], 1),
+        }
+    results["resumed"] = resume(rows, folder)
+    results["messages"] = messages(rows)
+    torch.manual_seed(rank)  # the seed must be agreed on
+    results["drawn"] = CBO(sharded(), num_particles=N).particles["0.bias"]
+    return results
+
+
+def resume(rows: slice, folder: str) -> bool:
+    """Train; go on from a distributed checkpoint: the same to the bit."""
+
+    def build() -> tuple[nn.Module, CBO]:
+        module = sharded()
+        return module, CBO(module.named_parameters(), num_particles=N, particle_batch_size=4, num_runs=2)
+
+    module, optimizer = build()
+    for _ in range(2):
+        step(module, optimizer, rows)
+    state = {"model": module.state_dict(), "optimizer": get_optimizer_state_dict(module, optimizer)}
+    dcp.save(state, checkpoint_id=folder)
+    for _ in range(3):
+        step(module, optimizer, rows)
+    other, resumed = build()
+    state = {"model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, resumed)}
+    dcp.load(state, checkpoint_id=folder)
+    other.load_state_dict(state["model"])
+    set_optimizer_state_dict(other, resumed, state["optimizer"])
+    for _ in range(3):
+        step(other, resumed, rows)
+    same = [torch.equal(a, b) for a, b in zip(full(module), full(other), strict=True)]
+    same += [torch.equal(value, resumed.particles[name]) for name, value in optimizer.particles.items()]
+    return all([*same, torch.equal(optimizer.best_losses(), resumed.best_losses())])
+
+
+def messages(rows: slice) -> list[str]:
+    """What is refused, and what is warned of."""
+    module, half = sharded(), net()
+    fully_shard(half[0], mesh=init_device_mesh("cpu", (2,)))
+    plain = CBO(net(), num_particles=N)
+    plain.step(particle_losses(net(), nn.functional.mse_loss, data()))
+    attempts = [
+        lambda: CBO(module, num_particles=N, shard="particles"),
+        lambda: CBO(module, num_particles=N, gradient_drift=0.1),
+        lambda: CBO(half, num_particles=N),
+        lambda: CBO(module, num_particles=N).step(lambda p: p["0.bias"].sum(1)),
+        lambda: CBO(module, num_particles=N).load_state_dict(plain.state_dict()),
+    ]
+    found = []
+    for attempt in attempts:
+        with pytest.raises(ValueError) as caught:
+            attempt()
+        found.append(str(caught.value))
+    x, y = data()
+    with pytest.warns(UserWarning, match="same loss") as record, torch.no_grad():
+        CBO(module, num_particles=N, particle_batch_size=None).step(
+            lambda: nn.functional.mse_loss(module(x[rows]), y[rows]).detach()
+        )
+    return [*found, str(record[0].message)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(run_on_rank, 2, str(Path(tmp_path_factory.mktemp("dcp"))))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.filterwarnings("ignore:with sigma")
+def test_equals_one_process_given_the_same_noise(name, ranks, monkeypatch) -> None:
+    kind, arguments = SETTINGS[name]
+    noise(monkeypatch, arguments.get("num_runs", 1), slice(None))
+    module = net()
+    optimizer = kind(module, num_particles=N, seed=3, **arguments)
+    for _ in range(STEPS):
+        step(module, optimizer, slice(None))
+    particles = torch.cat([v.flatten(1) for v in optimizer.particles.values()], 1)
+    best = torch.cat([v.flatten() for v in optimizer.best_particle().values()])
+    for rank, found in enumerate(run[name] for run in ranks):
+        for value, p in zip(found["model"], module.parameters(), strict=True):
+            torch.testing.assert_close(value, p.detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found["particles"], particles[:, columns(rank)], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found["best"], best[columns(rank)], rtol=1e-10, atol=1e-10)
+        assert found["spread"] == pytest.approx(optimizer.spread(), rel=1e-10)
+
+
+def test_resumes_to_the_bit_from_a_distributed_checkpoint(ranks) -> None:
+    assert all(run["resumed"] for run in ranks)
+
+
+def test_ranks_draw_other_noise(ranks) -> None:
+    first, second = (run["drawn"] for run in ranks)
+    assert first.shape == (N, 3)
+    assert second.shape == (N, 2)
+    assert not torch.equal(first[:, :2], second)
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        (0, "shard must be 'data' with DTensor"),
+        (1, "gradient_drift must be 0 with DTensor"),
+        (2, "params must all be sharded over all 2 ranks"),
+        (3, "closure must return the loss"),
+        (4, "state_dict is of parameters that are not DTensors"),
+        (5, r"reshard_after_forward=True"),
+    ],
+)
+def test_what_cannot_be_done_is_named(which, message, ranks) -> None:
+    assert all(message in run["messages"][which] for run in ranks)
