@@ -367,8 +367,8 @@ class ParticleOptimizer(Optimizer):
             raise ValueError("shard must be 'data' with DTensor parameters (FSDP2), got 'particles'")
         if any(shards(p) != self._ranks.size for p in trained):
             raise ValueError(
-                f"params must all be sharded over all {self._ranks.size} ranks where some are DTensors: fully_shard the "
-                "root module on a one-dimensional mesh, or freeze what is not sharded"
+                f"params must all be sharded over all {self._ranks.size} ranks where some are DTensors: fully_shard "
+                "the root module on a one-dimensional mesh, or freeze what is not sharded"
             )
 
     def _forget(self) -> None:
