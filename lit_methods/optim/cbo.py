@@ -17,7 +17,8 @@ A normal variable times :math:`|v - m|` has the law of one times :math:`v - m`. 
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -112,6 +113,7 @@ class CBO(ParticleOptimizer):
         "stall_tol",
         "gradient_drift",
     )
+    _further: Mapping[str, Any] = MappingProxyType({})  # what a subclass adds to the defaults
 
     def __init__(
         self,
@@ -158,6 +160,7 @@ class CBO(ParticleOptimizer):
             "stall_tol": stall_tol,
             "effective_sample_size": effective_sample_size,
             "gradient_drift": gradient_drift,
+            **self._further,
         }
         super().__init__(params, defaults, seed, shard, process_group)
 
@@ -182,7 +185,7 @@ class CBO(ParticleOptimizer):
         if not 1 <= num_particles <= self.num_particles:
             raise ValueError(f"num_particles must be in [1, {self.num_particles}], got {num_particles}")
         swarm = self._prepare()
-        for key in self._by_particle:
+        for key in (*self._by_particle, *self._losses_by_particle):
             swarm[key] = swarm[key][:, : self._ranks.local(num_particles)].clone()
         batch = self.param_groups[0]["particle_batch_size"]
         self._set_shared("num_particles", num_particles)

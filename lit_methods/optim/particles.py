@@ -33,6 +33,7 @@ class ParticleOptimizer(Optimizer):
     state: dict[Any, Any]  # type: ignore[assignment]  # the swarm is no one parameter's: it has the key "swarm"
     _shared: tuple[str, ...] = ("num_particles", "num_runs", "alpha", "effective_sample_size")
     _by_particle: tuple[str, ...] = ("particles",)  # state of shape (runs, N, d)
+    _losses_by_particle: tuple[str, ...] = ()  # state of shape (runs, N)
     _by_run: tuple[str, ...] = ("consensus", "previous", "best")  # state of shape (runs, d)
     _ranks: ParticleRanks
     _cached_layout: list[tuple[str, nn.Parameter, torch.Size]] | None
@@ -388,7 +389,7 @@ class ParticleOptimizer(Optimizer):
         if "seed" not in swarm:
             swarm["seed"] = self._agree_on_seed(device)
             swarm["generators"] = []
-        for key in (*self._by_particle, *self._by_run, "best_loss"):
+        for key in (*self._by_particle, *self._losses_by_particle, *self._by_run, "best_loss"):
             if key in swarm:
                 swarm[key] = swarm[key].to(device, dtype)
         if self._generator is None or self._generator.device != device:
@@ -421,6 +422,13 @@ class ParticleOptimizer(Optimizer):
 
     def _complete(self, swarm: dict[str, Any]) -> None:
         """Make or extend the further state of a subclass."""
+
+    @staticmethod
+    def _extend(swarm: dict[str, Any], key: str, start: Tensor) -> None:
+        """Give the state ``key`` the coordinates of ``start`` that it lacks."""
+        known = swarm[key].shape[2] if key in swarm else 0
+        if known < start.shape[2]:
+            swarm[key] = torch.cat([swarm[key], start[..., known:]], 2) if known else start.clone()
 
     def _warn_of_divergence(self, dim: int) -> None:
         """Say when the settings make the particles run away."""
@@ -494,7 +502,10 @@ class ParticleOptimizer(Optimizer):
         points = torch.stack([part["best"] for part in parts])
         self._consolidated = {
             **mine,
-            **{key: torch.cat([part[key] for part in parts], 1) for key in self._by_particle},
+            **{
+                key: torch.cat([part[key] for part in parts], 1)
+                for key in (*self._by_particle, *self._losses_by_particle)
+            },
             "best": points.take_along_dim(which[None, :, None], 0)[0],
             "best_loss": losses,
             "generators": [part["generators"][0] for part in parts],
@@ -522,7 +533,7 @@ class ParticleOptimizer(Optimizer):
             swarm = {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved["swarm"].items()}
             if self.particles_sharded:
                 rank, rows = self._ranks.rank, self._ranks.local(self.num_particles)
-                for key in self._by_particle:
+                for key in (*self._by_particle, *self._losses_by_particle):
                     swarm[key] = swarm[key][:, rank * rows : (rank + 1) * rows].clone()
             self.state["swarm"] = swarm
         elif saved:

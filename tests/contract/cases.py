@@ -1,5 +1,6 @@
 """One case per public piece: how to build it, what it must refuse, and why a check does not apply."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,17 +76,21 @@ from lit_methods.optim import (
     MDPO,
     MFAC,
     SSO,
+    AdamCBO,
     ArmijoSGD,
+    ConsensusBasedSampling,
     ConsensusHopping,
     ExtraAdam,
     ExtraGradient,
     ImplicitOMD,
+    MemoryCBO,
     OptimisticAdam,
     OptimisticEnsemble,
     OptimisticFTL,
     OptimisticFTRL,
     OptimisticOMD,
     OptimisticOnlineNewton,
+    PolarizedCBO,
 )
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork
@@ -180,6 +185,13 @@ _LOSSES_ONLY = {
     ),
 }
 
+_SWARM = {"init_around_current": True, "seed": 0}
+_SWARM_ARGUMENTS: list[tuple[Arguments, str]] = [
+    ({"init_std": 0.0}, "init_std must be"),
+    ({"num_runs": 0}, "num_runs must be"),
+    ({"seed": -1}, "seed must be"),
+]
+
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.CBO": OptimizerCase(
         CBO,
@@ -221,6 +233,81 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"num_runs": 0}, "num_runs must be"),
             ({"seed": -1}, "seed must be"),
             ({"shard": "model"}, "shard must be"),
+        ],
+        closure_calls=21,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.ConsensusBasedSampling": OptimizerCase(
+        ConsensusBasedSampling,
+        {"mode": "optimization", "alpha": 50.0, "num_particles": 60, "init_std": 0.5, **_SWARM},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"num_particles": 1}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"alpha": math.inf}, "alpha must be"),
+            ({"mode": "both"}, "mode must be"),
+            ({"effective_sample_size": 0.5}, "effective_sample_size must be"),
+            *_SWARM_ARGUMENTS,
+        ],
+        closure_calls=61,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.MemoryCBO": OptimizerCase(
+        MemoryCBO,
+        {"num_particles": 20, "init_std": 0.5, **_SWARM},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lambda_": 0.0}, "lambda_ must be"),
+            ({"sigma": -1.0}, "sigma must be"),
+            ({"num_particles": 0}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"lambda_memory": -1.0}, "lambda_memory must be"),
+            ({"sigma_memory": -1.0}, "sigma_memory must be"),
+            ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
+            ({"shard": "model"}, "shard must be"),
+            *_SWARM_ARGUMENTS,
+        ],
+        closure_calls=21,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.PolarizedCBO": OptimizerCase(
+        PolarizedCBO,
+        {"num_particles": 20, "init_std": 0.5, "kappa": 10.0, **_SWARM},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lambda_": 0.0}, "lambda_ must be"),
+            ({"sigma": -1.0}, "sigma must be"),
+            ({"num_particles": 0}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"kappa": 0.0}, "kappa must be"),
+            ({"noise": "gaussian"}, "noise must be"),
+            *_SWARM_ARGUMENTS,
+        ],
+        closure_calls=21,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.AdamCBO": OptimizerCase(
+        AdamCBO,
+        {"num_particles": 20, "init_std": 0.5, **_SWARM},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lambda_": 0.0}, "lambda_ must be"),
+            ({"sigma": -1.0}, "sigma must be"),
+            ({"num_particles": 0}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"betas": (0.9, 1.0)}, "betas must be"),
+            ({"eps": 0.0}, "eps must be"),
+            ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
+            ({"shard": "model"}, "shard must be"),
+            *_SWARM_ARGUMENTS,
         ],
         closure_calls=21,
         host_syncs=True,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from lit_methods.optim import CBO, AdamCBO, ConsensusHopping, MemoryCBO, particle_losses
 from tests.cli import run_new_process
 from tests.contract.cases import MODULES
 from tests.contract.compare import assert_same
@@ -91,6 +91,8 @@ SHARDED = [
     (CBO, {"num_runs": 3}),
     (ConsensusHopping, {}),
     (ConsensusHopping, {"num_runs": 2, "effective_sample_size": 0.5}),
+    (MemoryCBO, {"num_runs": 2}),
+    (AdamCBO, {}),
 ]
 
 

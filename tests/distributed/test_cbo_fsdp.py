@@ -12,17 +12,30 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from lit_methods.optim import (
+    CBO,
+    AdamCBO,
+    ConsensusBasedSampling,
+    ConsensusHopping,
+    MemoryCBO,
+    PolarizedCBO,
+    particle_losses,
+)
+from lit_methods.optim.particles import ParticleOptimizer
 from tests.distributed.launch import run_ranks
 
 STEPS = 4
-N = 8
+N = 10
 SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
-    "batches": (CBO, {"particle_batch_size": 4}),
+    "batches": (CBO, {"particle_batch_size": 5}),
     "isotropic": (CBO, {"particle_batch_size": None, "noise": "isotropic", "sigma": 0.2}),
     "stalled": (CBO, {"particle_batch_size": None, "stall_tol": 10.0, "init_around_current": True}),
-    "two runs": (CBO, {"particle_batch_size": 4, "num_runs": 2, "effective_sample_size": 0.5}),
+    "two runs": (CBO, {"particle_batch_size": 5, "num_runs": 2, "effective_sample_size": 0.5}),
     "hopping": (ConsensusHopping, {}),
+    "sampling": (ConsensusBasedSampling, {"num_runs": 2}),
+    "memory": (MemoryCBO, {}),
+    "polarized": (PolarizedCBO, {"noise": "isotropic", "sigma": 0.2, "kappa": 2.0}),
+    "adam": (AdamCBO, {}),
 }
 
 
@@ -53,10 +66,10 @@ def noise(patch: pytest.MonkeyPatch, runs: int, kept: Any) -> None:
     g = torch.Generator().manual_seed(7)
 
     def fill(self, x: Tensor, mean: float, std: float) -> None:
-        x.copy_(mean + std * torch.randn(runs * N, 26, generator=g, dtype=torch.float64)[:, kept])
+        draws = torch.randn(runs * N, 26, generator=g, dtype=torch.float64)
+        x.copy_(mean + std * (draws[:, :N] if x.shape[1] == N else draws[:, kept]))  # (N, N) mixes particles
 
-    for kind in (CBO, ConsensusHopping):
-        patch.setattr(kind, "_fill_normal", fill)
+    patch.setattr(ParticleOptimizer, "_fill_normal", fill)
 
 
 def sharded() -> nn.Module:
@@ -110,7 +123,7 @@ def resume(rows: slice, folder: str) -> bool:
 
     def build() -> tuple[nn.Module, CBO]:
         module = sharded()
-        return module, CBO(module.named_parameters(), num_particles=N, particle_batch_size=4, num_runs=2)
+        return module, CBO(module.named_parameters(), num_particles=N, particle_batch_size=5, num_runs=2)
 
     module, optimizer = build()
     for _ in range(2):

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from lit_methods.optim import (
+    CBO,
+    AdamCBO,
+    ConsensusBasedSampling,
+    ConsensusHopping,
+    MemoryCBO,
+    PolarizedCBO,
+    particle_losses,
+)
 
 RUNS, N, D = 3, 8, 2
 VARIANTS = {
@@ -17,6 +25,10 @@ VARIANTS = {
     "drift": (CBO, {"particle_batch_size": None, "gradient_drift": 0.5}),
     "stalling": (CBO, {"particle_batch_size": None, "stall_tol": 10.0}),
     "hopping": (ConsensusHopping, {"lr": 0.7}),
+    "sampling": (ConsensusBasedSampling, {}),
+    "memory": (MemoryCBO, {}),
+    "polarized": (PolarizedCBO, {"alpha": 2.0}),
+    "adam": (AdamCBO, {}),
 }
 
 
@@ -32,13 +44,13 @@ def build(kind: type = CBO, **arguments) -> tuple[nn.Parameter, CBO | ConsensusH
 @pytest.mark.parametrize("name", VARIANTS)
 def test_runs_equal_swarms_of_their_own_given_the_same_noise(name, monkeypatch) -> None:
     kind, arguments = VARIANTS[name]
-    draws = torch.randn(100, RUNS, N, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    draws = torch.randn(100, RUNS, N, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def train(runs: slice) -> tuple[nn.Parameter, CBO | ConsensusHopping, list[float]]:
         noise, number = iter(draws[:, runs]), runs.stop - runs.start
 
         def fill(self, x: Tensor, mean: float, std: float) -> None:
-            x.copy_(mean + std * next(noise)[:, : len(x) // number].flatten(0, 1))
+            x.copy_(mean + std * next(noise)[:, : len(x) // number, : x.shape[1]].flatten(0, 1))
 
         monkeypatch.setattr(kind, "_fill_normal", fill)
         x, optimizer = build(kind, num_runs=number, **arguments)
@@ -103,7 +115,7 @@ def test_a_run_without_finite_loss_keeps_its_consensus_and_the_others_go_on() ->
         optimizer.step(lambda p: bowl(p) * math.nan)
 
 
-@pytest.mark.parametrize("kind", [CBO, ConsensusHopping])
+@pytest.mark.parametrize("kind", [CBO, ConsensusHopping, ConsensusBasedSampling, MemoryCBO, PolarizedCBO, AdamCBO])
 def test_runs_resume_to_the_bit(kind) -> None:
     x, optimizer = build(kind, num_runs=RUNS)
     for _ in range(3):
