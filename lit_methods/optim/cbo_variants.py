@@ -218,9 +218,10 @@ class MemoryCBO(CBO):
             part.addcmul_(away, self._noise(part, -group["lambda_memory"] * group["lr"], sigma * root))
 
     def _complete(self, swarm: dict[str, Any]) -> None:
-        if "memory" not in swarm:
-            swarm["memory_losses"] = swarm["particles"].new_full(swarm["particles"].shape[:2], math.inf)
-        self._extend(swarm, "memory", swarm["particles"])
+        particles = swarm["particles"]
+        if "memory" not in swarm or swarm["memory"].shape != particles.shape:  # losses of fewer coordinates mislead
+            swarm["memory_losses"] = particles.new_full(particles.shape[:2], math.inf)
+        self._extend(swarm, "memory", particles)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
