@@ -174,7 +174,7 @@ class CBO(ParticleOptimizer):
             raise ValueError(f"tau must be > 0, got {tau}")
         swarm = self._prepare()
         leader = swarm["leader"]
-        return self._one((swarm["previous"][leader] - swarm["consensus"][leader]) / tau)
+        return self._layout.one((swarm["previous"][leader] - swarm["consensus"][leader]) / tau)
 
     def reduce_particles(self, num_particles: int) -> None:
         """Go on with fewer particles: the first ones, which are as good as any.
@@ -227,7 +227,7 @@ class CBO(ParticleOptimizer):
         """
         isotropic = self.param_groups[0]["noise"] == "isotropic"
         distance = self._ranks.norm(points - center) if isotropic else None
-        for group, columns in self._columns():
+        for group, columns in self._layout.columns:
             drift, spread = 1 - group["lambda_"] * group["lr"], group["sigma"] * group["lr"] ** 0.5
             part, goal = points[..., columns], center[..., columns]
             if distance is None:
@@ -238,13 +238,13 @@ class CBO(ParticleOptimizer):
                 part.addcmul_(noise, distance)
         if self.param_groups[0]["gradient_drift"]:
             gradient = self._ranks.mean_over_data(_gradient(points, evaluate))
-            for group, columns in self._columns():
+            for group, columns in self._layout.columns:
                 points[..., columns].sub_(gradient[..., columns], alpha=group["gradient_drift"] * group["lr"])
 
     def _shake(self, particles: Tensor, stalled: list[bool]) -> None:
         """Restart the runs whose consensus stands still."""
         chosen = torch.tensor(stalled, device=particles.device)[:, None, None]
-        for group, columns in self._columns():
+        for group, columns in self._layout.columns:
             part = particles[..., columns]
             part.add_(self._noise(part, 0.0, group["sigma"] * group["lr"] ** 0.5).mul_(chosen))
 
@@ -344,21 +344,22 @@ class ConsensusHopping(ParticleOptimizer):
         """Name -> what the last step says of the gradient: ``-(x_k - x_{k-1}) / (lr alpha s^2)``; 0 where it is 0."""
         swarm = self._prepare()
         move = swarm["previous"][swarm["leader"]] - swarm["consensus"][swarm["leader"]]
-        for group, columns in self._columns():
+        for group, columns in self._layout.columns:
             length = group["lr"] * group["alpha"] * group["width"] ** 2
             move[columns].mul_(1 / length if length else 0.0)
-        return self._one(move)
+        return self._layout.one(move)
 
     def _advance(self, swarm: dict[str, Any], evaluate: Evaluate) -> None:
         steps = swarm["steps"] = swarm.get("steps", 0) + 1
         cloud, start = swarm["particles"], swarm["consensus"]
         self._fill_normal(cloud.flatten(0, 1), 0.0, 1.0)
-        for group, columns in self._columns():
+        for group, columns in self._layout.columns:
             cloud[..., columns].mul_(group["width"] if group["lr"] else 0.0)
         cloud.add_(start[:, None])
         point = self._find_consensus(swarm, cloud, self._common_losses(evaluate(cloud)))
         swarm["consensus"] = torch.cat(
-            [torch.lerp(start[:, columns], point[:, columns], group["lr"]) for group, columns in self._columns()], 1
+            [torch.lerp(start[:, columns], point[:, columns], group["lr"]) for group, columns in self._layout.columns],
+            1,
         )
         for group in self.param_groups:
             if steps % group["width_decay_every"] == 0:

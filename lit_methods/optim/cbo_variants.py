@@ -101,7 +101,7 @@ class ConsensusBasedSampling(CBO):
             self._ranks.agree(draws)
         noise = torch.bmm(draws, root, out=torch.empty_like(root))
         heat = 1 + shared["alpha"] if shared["mode"] == "sampling" else 1.0
-        for group, columns in self._columns():
+        for group, columns in self._layout.columns:
             keep = math.exp(-group["lr"])
             part = particles[..., columns]
             torch.lerp(center[..., columns], part, keep, out=part)
@@ -207,7 +207,7 @@ class MemoryCBO(CBO):
         torch.where(better[..., None], particles, memory, out=memory)
         swarm["memory_losses"] = torch.minimum(losses, swarm["memory_losses"])
         center = self._find_consensus(swarm, memory, swarm["memory_losses"])[:, None]
-        for group, columns in self._columns():
+        for group, columns in self._layout.columns:
             root = group["lr"] ** 0.5
             sigma = group["sigma_memory"]
             sigma = group["lambda_memory"] * group["sigma"] if sigma is None else sigma
@@ -411,7 +411,7 @@ class AdamCBO(CBO):
         particles = swarm["particles"]
         steps = swarm["steps"] = swarm.get("steps", 0) + 1
         center = self._find_consensus(swarm, particles, self._common_losses(evaluate(particles)))[:, None]
-        for group, columns in self._columns():
+        for group, columns in self._layout.columns:
             (beta1, beta2), lr = group["betas"], group["lr"]
             part, first, second = (swarm[key][..., columns] for key in self._by_particle)
             away = part - center[..., columns]

@@ -5,7 +5,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from itertools import accumulate, pairwise
 from types import FunctionType
 from typing import Any, Literal
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lit_methods.optim.consensus import alpha_for_sample_size, consensus_weights, weighted_mean
-from lit_methods.optim.flat_parameters import by_column, by_parameter, is_dtensor, local_tensor, shards
+from lit_methods.optim.flat_parameters import by_column, by_parameter, is_dtensor, shards
+from lit_methods.optim.particle_layout import ParticleLayout
 from lit_methods.optim.particle_ranks import ParticleRanks
 
 Particles = dict[str, Tensor]
@@ -36,9 +36,7 @@ class ParticleOptimizer(Optimizer):
     _losses_by_particle: tuple[str, ...] = ()  # state of shape (runs, N)
     _by_run: tuple[str, ...] = ("consensus", "previous", "best")  # state of shape (runs, d)
     _ranks: ParticleRanks
-    _cached_layout: list[tuple[str, nn.Parameter, torch.Size]] | None
-    _cached_columns: list[tuple[dict[str, Any], slice]] | None
-    _last_views: tuple[Tensor, Particles] | None
+    _cached_layout: ParticleLayout | None
     _buffers: dict[tuple[str, int, int], Tensor]
     _generator: torch.Generator | None
     _ready: bool
@@ -88,7 +86,7 @@ class ParticleOptimizer(Optimizer):
         With several runs ``(num_runs * N, *shape)``, run after run. With DTensor parameters all shapes, here and in the
         other methods, are those of this rank's shards.
         """
-        return self._by_name(self._prepare()["particles"].flatten(0, 1))
+        return self._layout.many(self._prepare()["particles"].flatten(0, 1))
 
     def consensus(self) -> Particles:
         """Parameter name -> the last consensus point, which is also what the parameters hold (up to their dtype).
@@ -96,11 +94,11 @@ class ParticleOptimizer(Optimizer):
         With several runs it is that of the run with the lowest loss in the last step.
         """
         swarm = self._prepare()
-        return self._one(swarm["consensus"][swarm["leader"]])
+        return self._layout.one(swarm["consensus"][swarm["leader"]])
 
     def consensus_of_runs(self) -> Particles:
         """Parameter name -> every run's last consensus point, ``(num_runs, *shape)``."""
-        return self._by_name(self._prepare()["consensus"])
+        return self._layout.many(self._prepare()["consensus"])
 
     def best_particle(self) -> Particles:
         """Parameter name -> the particle with the lowest loss so far, in any run; NaN before the first step.
@@ -109,7 +107,7 @@ class ParticleOptimizer(Optimizer):
         """
         swarm = self._prepare()
         losses = self._ranks.gather_particles(swarm["best_loss"], 0)
-        return self._one(self._ranks.gather_particles(swarm["best"], 0)[losses.argmin()])
+        return self._layout.one(self._ranks.gather_particles(swarm["best"], 0)[losses.argmin()])
 
     def best_losses(self) -> Tensor:
         """Every run's lowest loss so far, ``(num_runs,)``; with ``shard="particles"`` a collective call."""
@@ -182,7 +180,7 @@ class ParticleOptimizer(Optimizer):
         evaluate = self._one_by_one(closure) if not callable(losses_of) else self._batched(losses_of)
         self._consolidated = self._low = None
         self._advance(swarm, evaluate)
-        self._write(swarm["consensus"][swarm["leader"]])
+        self._layout.write(swarm["consensus"][swarm["leader"]])
         return self._lowest if callable(losses_of) else loss
 
     def _advance(self, swarm: dict[str, Any], evaluate: Evaluate) -> None:
@@ -231,7 +229,7 @@ class ParticleOptimizer(Optimizer):
         self, swarm: dict[str, Any], points: Tensor, losses: Tensor, lowest: Tensor, point: Tensor, last: bool = True
     ) -> None:
         """Make ``point`` the consensus of all runs with a finite loss, and keep the best particles."""
-        for group, columns in self._columns():
+        for group, columns in self._layout.columns:
             if group["lr"] == 0:
                 point[:, columns] = swarm["consensus"][:, columns]
         own = losses.amin(1) if self.particles_sharded else lowest
@@ -266,7 +264,7 @@ class ParticleOptimizer(Optimizer):
 
         def evaluate(points: Tensor) -> Tensor:
             number = points.shape[0] * points.shape[1]
-            losses = losses_of(self._views(points))
+            losses = losses_of(self._layout.of_runs(points))
             if not isinstance(losses, Tensor) or losses.shape != (number,):
                 got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
                 raise ValueError(f"the closure must return one loss per particle, shape ({number},), got {got}")
@@ -279,7 +277,7 @@ class ParticleOptimizer(Optimizer):
             losses = []
             for point in points.detach().flatten(0, 1):
                 with torch.no_grad():
-                    self._write(point)
+                    self._layout.write(point)
                 with torch.enable_grad():
                     losses.append(torch.as_tensor(closure(), device=points.device).detach().to(points.dtype))
             found = torch.stack(losses)
@@ -291,25 +289,6 @@ class ParticleOptimizer(Optimizer):
             return found.view(points.shape[:2])
 
         return evaluate
-
-    def _write(self, point: Tensor) -> None:
-        torch._foreach_copy_([local_tensor(p) for _, p, _ in self._layout], list(self._one(point).values()))
-
-    def _views(self, points: Tensor) -> Particles:
-        """Views by name of ``(runs, n, d)``, kept because the same buffer comes again."""
-        if self._last_views is None or self._last_views[0] is not points:
-            self._last_views = (points, self._by_name(points.flatten(0, 1)))
-        return self._last_views[1]
-
-    def _by_name(self, points: Tensor) -> Particles:
-        parts = points.split([shape.numel() for _, _, shape in self._layout], 1)
-        return {
-            name: part.view(len(points), *shape) for (name, _, shape), part in zip(self._layout, parts, strict=True)
-        }
-
-    def _one(self, point: Tensor) -> Particles:
-        parts = point.split([shape.numel() for _, _, shape in self._layout])
-        return {name: part.view(shape) for (name, _, shape), part in zip(self._layout, parts, strict=True)}
 
     def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
         """Scratch memory ``(rows, columns)``, the same tensor while the size stays the same."""
@@ -335,28 +314,11 @@ class ParticleOptimizer(Optimizer):
             group[name] = value
 
     @property
-    def _layout(self) -> list[tuple[str, nn.Parameter, torch.Size]]:
-        """Name, parameter and this rank's shape of everything that is trained, in the buffer's order."""
+    def _layout(self) -> ParticleLayout:
         if self._cached_layout is None:
-            params = [p for group in self.param_groups for p in group["params"]]
-            given = [name for group in self.param_groups for name in group.get("param_names", ())]
-            names = given or [str(i) for i in range(len(params))]
-            pairs = zip(names, params, strict=True)
-            self._cached_layout = [(n, p, local_tensor(p).shape) for n, p in pairs if p.requires_grad]
-            if not self._cached_layout:
-                raise ValueError("params holds nothing to train: no parameter requires gradients")
+            self._cached_layout = ParticleLayout(self.param_groups)
             self._check_shards()
         return self._cached_layout
-
-    def _columns(self) -> list[tuple[dict[str, Any], slice]]:
-        """Every group with its columns of the buffer."""
-        if self._cached_columns is None:
-            sizes = [sum(local_tensor(p).numel() for p in g["params"] if p.requires_grad) for g in self.param_groups]
-            bounds = [0, *accumulate(sizes)]
-            self._cached_columns = [
-                (group, slice(*ends)) for group, ends in zip(self.param_groups, pairwise(bounds), strict=True)
-            ]
-        return self._cached_columns
 
     def _check_shards(self) -> None:
         """Learn whether ranks hold parts of the parameters; all of them must then be split over all ranks."""
@@ -374,17 +336,16 @@ class ParticleOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drop what is derived from groups and state."""
-        self._cached_layout = self._cached_columns = self._last_views = self._consolidated = None
+        self._cached_layout = self._consolidated = None
         self._buffers = {}
         self._ready = False
 
     def _prepare(self) -> dict[str, Any]:
         """The swarm and its generator: made at the first use, brought up to date after anything that may move them."""
-        device = self._layout[0][1].device
+        layout = self._layout
+        device, dtype = layout.params[0].device, layout.dtype
         if self._ready and self._generator is not None and self._generator.device == device:
             return self.state["swarm"]
-        double = any(p.dtype == torch.float64 for _, p, _ in self._layout)
-        dtype = torch.float64 if double else torch.float32
         swarm = self.state.setdefault("swarm", {})
         if "seed" not in swarm:
             swarm["seed"] = self._agree_on_seed(device)
@@ -394,7 +355,7 @@ class ParticleOptimizer(Optimizer):
                 swarm[key] = swarm[key].to(device, dtype)
         if self._generator is None or self._generator.device != device:
             self._generator = self._make_generator(swarm, device)
-        current = torch.cat([local_tensor(p).detach().flatten().to(dtype) for _, p, _ in self._layout])
+        current = layout.current()
         runs, rows = self.num_runs, self._ranks.local(self.num_particles)
         if "particles" not in swarm:
             swarm["particles"] = self._initial(current, runs * rows).view(runs, rows, -1)
@@ -403,7 +364,7 @@ class ParticleOptimizer(Optimizer):
             swarm["best"] = torch.full_like(swarm["consensus"], math.nan)
             swarm["best_loss"] = current.new_full((runs,), math.inf)
             swarm["leader"] = 0
-            self._warn_of_divergence(sum(p.numel() for _, p, _ in self._layout))
+            self._warn_of_divergence(sum(p.numel() for p in layout.params))
         elif (known := swarm["particles"].shape[2]) < len(current):  # a parameter group was added
             more = current[known:]
             new = self._initial(more, runs * rows).view(runs, rows, -1)
@@ -475,14 +436,9 @@ class ParticleOptimizer(Optimizer):
                 swarm["generators"] = torch.stack(
                     self._ranks.gather(swarm["generators"][0].to(swarm["best_loss"].device))
                 )
-                states = by_parameter(swarm, [p for _, p, _ in self._layout], (*self._by_particle, *self._by_run))
-                result["state"] = dict(zip(self._trained(), states, strict=True))
+                states = by_parameter(swarm, self._layout.params, (*self._by_particle, *self._by_run))
+                result["state"] = dict(zip(self._layout.positions, states, strict=True))
         return result
-
-    def _trained(self) -> list[int]:
-        """Positions of the trained parameters among all."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        return [i for i, p in enumerate(params) if p.requires_grad]
 
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -538,10 +494,8 @@ class ParticleOptimizer(Optimizer):
             self.state["swarm"] = swarm
         elif saved:
             keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-            states = [saved[keys[i]] for i in self._trained()]
-            self.state["swarm"] = by_column(
-                states, [p for _, p, _ in self._layout], (*self._by_particle, *self._by_run)
-            )
+            states = [saved[keys[i]] for i in self._layout.positions]
+            self.state["swarm"] = by_column(states, self._layout.params, (*self._by_particle, *self._by_run))
 
     def __getstate__(self) -> dict[str, Any]:
         if "swarm" in self.state:
