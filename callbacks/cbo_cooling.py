@@ -22,7 +22,7 @@ class CBOCooling(Callback):
 
     Args:
         every_n_epochs: >= 1.
-        alpha_factor: >= 1; 1.05 is CBXpy's (there for every step).
+        alpha_factor: >= 1. For a factor at every step there is the optimizer's own ``alpha_growth``.
         reduction: in [0, 1); the authors' is 0.2, 0 keeps all particles.
 
     Raises:

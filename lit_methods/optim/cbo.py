@@ -86,6 +86,8 @@ class CBO(ParticleOptimizer):
             noise :math:`\sigma \sqrt{\Delta t} N(0, I)`; 0 for never.
         effective_sample_size: instead of a fixed ``alpha``, take for every consensus point the one whose weights count
             as this share of the particles, in (0, 1). An extension known from CBXpy.
+        alpha_growth: ``alpha`` is multiplied by it after every step, > 0; 1.05 is CBXpy's schedule. To cool once in a
+            while, and sigma too, see :class:`~lit_methods.callbacks.CBOCooling`.
         num_runs: independent swarms of ``num_particles`` each, >= 1.
         gradient_drift: γ >= 0 of a further drift :math:`-\gamma \Delta t\, \nabla E`, at the place reached. By autograd
             where the losses allow it, else by central differences, which cost 2 d losses for each particle.
@@ -112,6 +114,7 @@ class CBO(ParticleOptimizer):
         "init_around_current",
         "stall_tol",
         "gradient_drift",
+        "alpha_growth",
     )
     _further: Mapping[str, Any] = MappingProxyType({})  # what a subclass adds to the defaults
 
@@ -132,6 +135,7 @@ class CBO(ParticleOptimizer):
         stall_tol: float = 1e-5,
         effective_sample_size: float | None = None,
         gradient_drift: float = 0.0,
+        alpha_growth: float = 1.0,
         num_runs: int = 1,
         seed: int | None = None,
         shard: Literal["data", "particles"] = "data",
@@ -160,6 +164,7 @@ class CBO(ParticleOptimizer):
             "stall_tol": stall_tol,
             "effective_sample_size": effective_sample_size,
             "gradient_drift": gradient_drift,
+            "alpha_growth": alpha_growth,
             **self._further,
         }
         super().__init__(params, defaults, seed, shard, process_group)
@@ -216,6 +221,7 @@ class CBO(ParticleOptimizer):
         stalled = [change < shared["stall_tol"] for change in self._changes]
         if any(stalled):
             self._shake(particles, stalled)
+        self._set_shared("alpha", shared["alpha"] * shared["alpha_growth"])
 
     def _move(self, points: Tensor, center: Tensor, evaluate: Evaluate) -> None:
         """Drift to ``center`` and noise, in place, then the gradient's drift; a group with ``lr=0`` stays as it is.
@@ -273,7 +279,7 @@ class CBO(ParticleOptimizer):
             raise ValueError(f"noise must be 'anisotropic' or 'isotropic', got {group['noise']!r}")
         if group["update"] not in ("full", "partial"):
             raise ValueError(f"update must be 'full' or 'partial', got {group['update']!r}")
-        for name in ("lambda_", "init_std"):
+        for name in ("lambda_", "init_std", "alpha_growth"):
             if not 0 < group[name] < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {group[name]}")
         for name in ("sigma", "stall_tol", "gradient_drift"):

@@ -28,9 +28,8 @@ class ParticleLayout:
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         every = [p for group in groups for p in group["params"]]
-        names = [name for group in groups for name in group.get("param_names", ())] or [
-            str(i) for i in range(len(every))
-        ]
+        given = [name for group in groups for name in group.get("param_names", ())]
+        names = given or [str(i) for i in range(len(every))]
         self.params = [p for p in every if p.requires_grad]
         if not self.params:
             raise ValueError("params holds nothing to train: no parameter requires gradients")

@@ -210,6 +210,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"effective_sample_size": 1.0}, "effective_sample_size must be"),
             ({"num_runs": 0}, "num_runs must be"),
             ({"gradient_drift": -1.0}, "gradient_drift must be"),
+            ({"alpha_growth": 0.0}, "alpha_growth must be"),
             ({"seed": -1}, "seed must be"),
             ({"shard": "model"}, "shard must be"),
         ],
@@ -258,7 +259,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     ),
     "lit_methods.optim.MemoryCBO": OptimizerCase(
         MemoryCBO,
-        {"num_particles": 20, "init_std": 0.5, **_SWARM},
+        {"num_particles": 20, "init_std": 0.3, **_SWARM},
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"lambda_": 0.0}, "lambda_ must be"),

@@ -209,6 +209,20 @@ def test_gradient_drift_by_autograd_and_by_differences() -> None:
         torch.testing.assert_close(drifting.particles["x"], expected, rtol=1e-8, atol=1e-8)
 
 
+def test_alpha_grows_after_every_step_and_goes_on_from_a_checkpoint() -> None:
+    _, optimizer = swarm(points(), alpha=2.0, alpha_growth=1.05)
+    for k in range(3):
+        assert optimizer.param_groups[0]["alpha"] == pytest.approx(2.0 * 1.05**k)
+        before = optimizer.particles["x"].clone()
+        weights = torch.softmax(-2.0 * 1.05**k * quadratic({"x": before}), 0)
+        optimizer.step(quadratic)
+        torch.testing.assert_close(optimizer.consensus()["x"], weights @ before)
+    _, resumed = swarm(points())
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.step(quadratic)
+    assert resumed.param_groups[0]["alpha"] == pytest.approx(2.0 * 1.05**4)
+
+
 def test_groups_have_rates_of_their_own() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
     optimizer = CBO([{"params": [("a", a)]}, {"params": [("b", b)], "lr": 0.0}], particle_batch_size=None)
