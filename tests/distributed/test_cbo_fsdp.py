@@ -4,13 +4,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
 
 from lit_methods.optim import (
     CBO,
@@ -23,6 +26,7 @@ from lit_methods.optim import (
 )
 from lit_methods.optim.particles import ParticleOptimizer
 from tests.distributed.launch import run_ranks
+from tests.new_processes import act_as_torchrun
 
 STEPS = 4
 N = 10
@@ -171,6 +175,48 @@ def messages(rows: slice) -> list[str]:
     return [*found, str(record[0].message)]
 
 
+class Regression(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def configure_model(self) -> None:
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> CBO:
+        return CBO(self.named_parameters(), num_particles=N, particle_batch_size=5, seed=0)
+
+
+def fit_on_rank(rank: int, folder: str) -> list[list[Tensor]]:
+    """Automatic optimization: four epochs, two and then two more, by either kind of checkpoint."""
+    act_as_torchrun(rank, 2)
+    warnings.simplefilter("ignore")
+    results = []
+    for distributed in (False, True):
+        path = f"{folder}/{distributed}.ckpt"
+        for epochs, start in ((4, None), (2, None), (4, path)):
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                devices=2,
+                strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=distributed),
+                max_epochs=epochs,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+            )
+            module = Regression()
+            trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=2), ckpt_path=start)
+            if epochs == 2:
+                trainer.save_checkpoint(path)
+            else:
+                results.append(full(module.net))
+    return results
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(run_on_rank, 2, str(Path(tmp_path_factory.mktemp("dcp"))))
@@ -219,3 +265,16 @@ def test_ranks_draw_other_noise(ranks) -> None:
 )
 def test_what_cannot_be_done_is_named(which, message, ranks) -> None:
     assert all(message in run["messages"][which] for run in ranks)
+
+
+def test_lightning_resumes_to_the_bit(tmp_path) -> None:
+    first, second = run_ranks(fit_on_rank, 2, str(tmp_path))
+    for whole, resumed in (first[:2], first[2:]):
+        assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    x, y = data()
+    module = net()
+    before = nn.functional.mse_loss(module(x), y)
+    for p, value in zip(module.parameters(), first[0], strict=True):
+        p.data.copy_(value)
+    assert nn.functional.mse_loss(module(x), y) < before
