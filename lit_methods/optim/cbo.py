@@ -221,7 +221,8 @@ class CBO(ParticleOptimizer):
         stalled = [change < shared["stall_tol"] for change in self._changes]
         if any(stalled):
             self._shake(particles, stalled)
-        self._set_shared("alpha", shared["alpha"] * shared["alpha_growth"])
+        if shared["alpha_growth"] != 1:
+            self._set_shared("alpha", shared["alpha"] * shared["alpha_growth"])
 
     def _move(self, points: Tensor, center: Tensor, evaluate: Evaluate) -> None:
         """Drift to ``center`` and noise, in place, then the gradient's drift; a group with ``lr=0`` stays as it is.
@@ -233,9 +234,8 @@ class CBO(ParticleOptimizer):
         """
         isotropic = self.param_groups[0]["noise"] == "isotropic"
         distance = self._ranks.norm(points - center) if isotropic else None
-        for group, columns in self._layout.columns:
+        for group, part, goal in self._layout.parts(points, center):
             drift, spread = 1 - group["lambda_"] * group["lr"], group["sigma"] * group["lr"] ** 0.5
-            part, goal = points[..., columns], center[..., columns]
             if distance is None:
                 torch.lerp(goal, part, self._noise(part, drift, spread), out=part)
             else:
@@ -244,14 +244,13 @@ class CBO(ParticleOptimizer):
                 part.addcmul_(noise, distance)
         if self.param_groups[0]["gradient_drift"]:
             gradient = self._ranks.mean_over_data(_gradient(points, evaluate))
-            for group, columns in self._layout.columns:
-                points[..., columns].sub_(gradient[..., columns], alpha=group["gradient_drift"] * group["lr"])
+            for group, part, slope in self._layout.parts(points, gradient):
+                part.sub_(slope, alpha=group["gradient_drift"] * group["lr"])
 
     def _shake(self, particles: Tensor, stalled: list[bool]) -> None:
         """Restart the runs whose consensus stands still."""
         chosen = torch.tensor(stalled, device=particles.device)[:, None, None]
-        for group, columns in self._layout.columns:
-            part = particles[..., columns]
+        for group, part in self._layout.parts(particles):
             part.add_(self._noise(part, 0.0, group["sigma"] * group["lr"] ** 0.5).mul_(chosen))
 
     def _initial(self, current: Tensor, rows: int) -> Tensor:
@@ -350,23 +349,21 @@ class ConsensusHopping(ParticleOptimizer):
         """Name -> what the last step says of the gradient: ``-(x_k - x_{k-1}) / (lr alpha s^2)``; 0 where it is 0."""
         swarm = self._prepare()
         move = swarm["previous"][swarm["leader"]] - swarm["consensus"][swarm["leader"]]
-        for group, columns in self._layout.columns:
+        for group, part in self._layout.parts(move):
             length = group["lr"] * group["alpha"] * group["width"] ** 2
-            move[columns].mul_(1 / length if length else 0.0)
+            part.mul_(1 / length if length else 0.0)
         return self._layout.one(move)
 
     def _advance(self, swarm: dict[str, Any], evaluate: Evaluate) -> None:
         steps = swarm["steps"] = swarm.get("steps", 0) + 1
         cloud, start = swarm["particles"], swarm["consensus"]
         self._fill_normal(cloud.flatten(0, 1), 0.0, 1.0)
-        for group, columns in self._layout.columns:
-            cloud[..., columns].mul_(group["width"] if group["lr"] else 0.0)
+        for group, part in self._layout.parts(cloud):
+            part.mul_(group["width"] if group["lr"] else 0.0)
         cloud.add_(start[:, None])
         point = self._find_consensus(swarm, cloud, self._common_losses(evaluate(cloud)))
-        swarm["consensus"] = torch.cat(
-            [torch.lerp(start[:, columns], point[:, columns], group["lr"]) for group, columns in self._layout.columns],
-            1,
-        )
+        moved = [torch.lerp(old, new, group["lr"]) for group, old, new in self._layout.parts(start, point)]
+        swarm["consensus"] = torch.cat(moved, 1)
         for group in self.param_groups:
             if steps % group["width_decay_every"] == 0:
                 group["width"] *= group["width_decay"]

@@ -101,11 +101,10 @@ class ConsensusBasedSampling(CBO):
             self._ranks.agree(draws)
         noise = torch.bmm(draws, root, out=torch.empty_like(root))
         heat = 1 + shared["alpha"] if shared["mode"] == "sampling" else 1.0
-        for group, columns in self._layout.columns:
+        for group, part, goal, push in self._layout.parts(particles, center, noise):
             keep = math.exp(-group["lr"])
-            part = particles[..., columns]
-            torch.lerp(center[..., columns], part, keep, out=part)
-            part.add_(noise[..., columns], alpha=group["sigma"] * math.sqrt((1 - keep**2) * heat))
+            torch.lerp(goal, part, keep, out=part)
+            part.add_(push, alpha=group["sigma"] * math.sqrt((1 - keep**2) * heat))
 
     def _warn_of_divergence(self, dim: int) -> None:
         pass  # the covariance contracts or is kept
@@ -207,14 +206,13 @@ class MemoryCBO(CBO):
         torch.where(better[..., None], particles, memory, out=memory)
         swarm["memory_losses"] = torch.minimum(losses, swarm["memory_losses"])
         center = self._find_consensus(swarm, memory, swarm["memory_losses"])[:, None]
-        for group, columns in self._layout.columns:
+        for group, part, best, goal in self._layout.parts(particles, memory, center):
             root = group["lr"] ** 0.5
             sigma = group["sigma_memory"]
             sigma = group["lambda_memory"] * group["sigma"] if sigma is None else sigma
-            part = particles[..., columns]
-            away = part - memory[..., columns]
+            away = part - best
             noise = self._noise(part, 1 - group["lambda_"] * group["lr"], group["sigma"] * root)
-            torch.lerp(center[..., columns], part, noise, out=part)
+            torch.lerp(goal, part, noise, out=part)
             part.addcmul_(away, self._noise(part, -group["lambda_memory"] * group["lr"], sigma * root))
 
     def _complete(self, swarm: dict[str, Any]) -> None:
@@ -411,10 +409,9 @@ class AdamCBO(CBO):
         particles = swarm["particles"]
         steps = swarm["steps"] = swarm.get("steps", 0) + 1
         center = self._find_consensus(swarm, particles, self._common_losses(evaluate(particles)))[:, None]
-        for group, columns in self._layout.columns:
+        for group, part, first, second, goal in self._layout.parts(*(swarm[k] for k in self._by_particle), center):
             (beta1, beta2), lr = group["betas"], group["lr"]
-            part, first, second = (swarm[key][..., columns] for key in self._by_particle)
-            away = part - center[..., columns]
+            away = part - goal
             first.lerp_(away, 1 - beta1)
             second.mul_(beta2).addcmul_(away, away, value=1 - beta2)
             scale = (second / (1 - beta2**steps)).sqrt_().add_(group["eps"])

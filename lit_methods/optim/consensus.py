@@ -22,11 +22,11 @@ def consensus_weights(losses: Tensor, alpha: float | Tensor, lowest: Tensor | No
 def consensus_logits(losses: Tensor, alpha: float | Tensor, lowest: Tensor | None = None) -> Tensor:
     """``-alpha (losses - lowest)``, the logarithms of :func:`consensus_weights` up to a constant for each run."""
     if isinstance(alpha, Tensor):
-        alpha = alpha[..., None]
+        alpha = alpha.unsqueeze(-1)
     else:
         limits = torch.finfo(losses.dtype)
         alpha = min(max(alpha, limits.tiny), limits.max)  # 0 and infinity times infinite losses would be NaN
-    return (losses - (losses.amin(-1) if lowest is None else lowest)[..., None]).mul_(-alpha)
+    return (losses - (losses.amin(-1) if lowest is None else lowest).unsqueeze(-1)).mul_(-alpha)
 
 
 def alpha_for_sample_size(losses: Tensor, share: float, steps: int = 40) -> Tensor:

@@ -1,5 +1,6 @@
 """Where every trained parameter is in the coordinates of a particle."""
 
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -42,6 +43,11 @@ class ParticleLayout:
         self.columns = [(group, slice(*ends)) for group, ends in zip(groups, bounds, strict=True)]
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         self._last: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def parts(self, *points: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Every group with its coordinates of each of ``points`` (..., d)."""
+        for group, columns in self.columns:
+            yield group, *(points if len(self.columns) == 1 else (x[..., columns] for x in points))
 
     def current(self) -> Tensor:
         """The parameters' present values, ``(d,)``."""

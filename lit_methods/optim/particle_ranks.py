@@ -94,7 +94,7 @@ class ParticleRanks:
     def largest(self, x: Tensor) -> Tensor:
         """Largest absolute value over the coordinates in the last dimension; not finite if one of them is not."""
         if not self.own_coordinates:
-            return x.abs().amax(-1)
+            return torch.linalg.vector_norm(x, torch.inf, dim=-1)
         found = torch.nn.functional.pad(x.abs(), (0, 1)).amax(-1)  # a rank may have no coordinates
         found.nan_to_num_(torch.inf, torch.inf, torch.inf)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)

@@ -43,6 +43,7 @@ class ParticleOptimizer(Optimizer):
     _consolidated: dict[str, Any] | None
     _low: Tensor | None  # each run's lowest loss of this step, so far
     _lowest: float  # loss of this step
+    _lows: list[float]  # each run's lowest loss among the last particle batch
     _changes: list[float]  # how far each run's consensus moved last, in the coordinate that moved most
 
     def __init__(
@@ -229,31 +230,33 @@ class ParticleOptimizer(Optimizer):
         self, swarm: dict[str, Any], points: Tensor, losses: Tensor, lowest: Tensor, point: Tensor, last: bool = True
     ) -> None:
         """Make ``point`` the consensus of all runs with a finite loss, and keep the best particles."""
-        for group, columns in self._layout.columns:
+        for group, new, old in self._layout.parts(point, swarm["consensus"]):
             if group["lr"] == 0:
-                point[:, columns] = swarm["consensus"][:, columns]
+                new.copy_(old)
         own = losses.amin(1) if self.particles_sharded else lowest
-        better = own < swarm["best_loss"]
-        moved = torch.where((lowest < math.inf)[:, None], point, swarm["consensus"])
         self._low = lowest if self._low is None else torch.minimum(lowest, self._low)
-        if not last or self._end_step(swarm, lowest, better, point):
+        if not last or self._end_step(swarm, lowest, own, point):
+            better = (own < swarm["best_loss"])[:, None]
             best = points.take_along_dim(losses.argmin(1)[:, None, None], 1)[:, 0]
-            swarm["best"] = torch.where(better[:, None], best, swarm["best"])
-            swarm["best_loss"] = torch.where(better, own, swarm["best_loss"])
-        swarm["previous"], swarm["consensus"] = swarm["consensus"], moved
+            swarm["best"] = torch.where(better, best, swarm["best"])
+            swarm["best_loss"] = torch.minimum(own, swarm["best_loss"])
+        if not last or math.inf in self._lows:
+            point = torch.where((lowest < math.inf)[:, None], point, swarm["consensus"])
+        swarm["previous"], swarm["consensus"] = swarm["consensus"], point
 
-    def _end_step(self, swarm: dict[str, Any], lowest: Tensor, better: Tensor, point: Tensor) -> bool:
+    def _end_step(self, swarm: dict[str, Any], lowest: Tensor, own: Tensor, point: Tensor) -> bool:
         """Learn how the step went, the one host synchronisation: whether any run has a better particle than before."""
         assert self._low is not None
         changes = self._ranks.largest(point - swarm["consensus"])
-        low, last, found, self._changes = torch.stack([self._low, lowest, better.to(lowest.dtype), changes]).tolist()
+        found = torch.stack([self._low, lowest, changes, swarm["best_loss"] - own])
+        low, self._lows, self._changes, gains = found.tolist()
         self._lowest = min(low)
         if self._lowest == math.inf:
             raise RuntimeError("no particle has a finite loss; check the loss, or start with a smaller spread")
-        if any(x < math.inf and not math.isfinite(change) for x, change in zip(last, self._changes, strict=True)):
+        if any(x < math.inf and not math.isfinite(change) for x, change in zip(self._lows, self._changes, strict=True)):
             raise RuntimeError("the particles have diverged; use a smaller sigma or lr")
         swarm["leader"] = low.index(self._lowest)
-        return any(found)
+        return any(gain > 0 for gain in gains)
 
     def _batched(self, losses_of: Losses) -> Evaluate:
         if self._ranks.own_coordinates:
