@@ -259,7 +259,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     ),
     "lit_methods.optim.MemoryCBO": OptimizerCase(
         MemoryCBO,
-        {"num_particles": 20, "init_std": 0.3, **_SWARM},
+        {"num_particles": 30, "init_std": 0.5, **_SWARM},
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"lambda_": 0.0}, "lambda_ must be"),
@@ -272,7 +272,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"shard": "model"}, "shard must be"),
             *_SWARM_ARGUMENTS,
         ],
-        closure_calls=21,
+        closure_calls=31,
         host_syncs=True,
         draws_noise=True,
         not_applicable=_LOSSES_ONLY,
