@@ -304,10 +304,10 @@ class ParticleOptimizer(Optimizer):
         """Fill with normal numbers; this is where all noise comes from."""
         x.normal_(mean, std, generator=self._generator)
 
-    def _noise(self, like: Tensor, mean: float, std: float, name: str = "noise") -> Tensor:
+    def _noise(self, like: Tensor, mean: float, std: float) -> Tensor:
         """Normal numbers in scratch memory, of the shape ``(runs, n, d)`` of ``like``."""
         runs, number, dim = like.shape
-        noise = self._buffer(name, runs * number, dim)
+        noise = self._buffer("noise", runs * number, dim)
         self._fill_normal(noise, mean, std)
         return noise.view(runs, number, dim)
 
@@ -361,7 +361,7 @@ class ParticleOptimizer(Optimizer):
         current = layout.current()
         runs, rows = self.num_runs, self._ranks.local(self.num_particles)
         if "particles" not in swarm:
-            swarm["particles"] = self._initial(current, runs * rows).view(runs, rows, -1)
+            swarm["particles"] = self._initial(current, runs * rows).view(runs, rows, len(current))
             swarm["consensus"] = current.repeat(runs, 1)
             swarm["previous"] = swarm["consensus"].clone()
             swarm["best"] = torch.full_like(swarm["consensus"], math.nan)
@@ -370,7 +370,7 @@ class ParticleOptimizer(Optimizer):
             self._warn_of_divergence(sum(p.numel() for p in layout.params))
         elif (known := swarm["particles"].shape[2]) < len(current):  # a parameter group was added
             more = current[known:]
-            new = self._initial(more, runs * rows).view(runs, rows, -1)
+            new = self._initial(more, runs * rows).view(runs, rows, len(more))
             swarm["particles"] = torch.cat([swarm["particles"], new], 2)
             for key in self._by_run:
                 swarm[key] = torch.cat([swarm[key], more.expand(runs, -1)], 1)

@@ -117,6 +117,12 @@ def run_on_rank(rank: int, folder: str) -> dict[str, Any]:
         }
     results["resumed"] = resume(rows, folder)
     results["messages"] = messages(rows)
+    line = nn.Linear(3, 1).double()  # one row each: nothing is left for the second rank
+    fully_shard(line, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = CBO(line.named_parameters(), num_particles=N, seed=0)
+    for _ in range(20):
+        step(line, optimizer, rows)
+    results["line"] = full(line)
     torch.manual_seed(rank)  # the seed must be agreed on
     results["drawn"] = CBO(sharded(), num_particles=N).particles["0.bias"]
     return results
@@ -243,6 +249,13 @@ def test_equals_one_process_given_the_same_noise(name, ranks, monkeypatch) -> No
 
 def test_resumes_to_the_bit_from_a_distributed_checkpoint(ranks) -> None:
     assert all(run["resumed"] for run in ranks)
+
+
+def test_a_rank_without_coordinates_takes_part(ranks) -> None:
+    x, y = data()
+    weight, bias = ranks[0]["line"]
+    assert all(torch.equal(a, b) for a, b in zip(ranks[0]["line"], ranks[1]["line"], strict=True))
+    assert nn.functional.mse_loss(x @ weight.T + bias, y) < 0.5 * y.square().mean()
 
 
 def test_ranks_draw_other_noise(ranks) -> None:
