@@ -86,11 +86,11 @@ class CBO(ParticleOptimizer):
             noise :math:`\sigma \sqrt{\Delta t} N(0, I)`; 0 for never.
         effective_sample_size: instead of a fixed ``alpha``, take for every consensus point the one whose weights count
             as this share of the particles, in (0, 1). An extension known from CBXpy.
+        gradient_drift: γ >= 0 of a further drift :math:`-\gamma \Delta t\, \nabla E`, at the place reached. By autograd
+            where the losses allow it, else by central differences, which cost 2 d losses for each particle.
         alpha_growth: ``alpha`` is multiplied by it after every step, > 0; 1.05 is CBXpy's schedule. To cool once in a
             while, and sigma too, see :class:`~lit_methods.callbacks.CBOCooling`.
         num_runs: independent swarms of ``num_particles`` each, >= 1.
-        gradient_drift: γ >= 0 of a further drift :math:`-\gamma \Delta t\, \nabla E`, at the place reached. By autograd
-            where the losses allow it, else by central differences, which cost 2 d losses for each particle.
         seed: of the optimizer's own generator; None takes one from the global generator.
         shard: see above.
         process_group: the ranks that work together, None for all.
@@ -237,9 +237,9 @@ class CBO(ParticleOptimizer):
         for group, part, goal in self._layout.parts(points, center):
             drift, spread = 1 - group["lambda_"] * group["lr"], group["sigma"] * group["lr"] ** 0.5
             if distance is None:
-                torch.lerp(goal, part, self._noise(part, drift, spread), out=part)
+                torch.lerp(goal, part, self._noise(part.shape, drift, spread), out=part)
             else:
-                noise = self._noise(part, 0.0, spread)
+                noise = self._noise(part.shape, 0.0, spread)
                 torch.lerp(goal, part, drift, out=part)
                 part.addcmul_(noise, distance)
         if self.param_groups[0]["gradient_drift"]:
@@ -251,7 +251,7 @@ class CBO(ParticleOptimizer):
         """Restart the runs whose consensus stands still."""
         chosen = torch.tensor(stalled, device=particles.device)[:, None, None]
         for group, part in self._layout.parts(particles):
-            part.add_(self._noise(part, 0.0, group["sigma"] * group["lr"] ** 0.5).mul_(chosen))
+            part.add_(self._noise(part.shape, 0.0, group["sigma"] * group["lr"] ** 0.5).mul_(chosen))
 
     def _initial(self, current: Tensor, rows: int) -> Tensor:
         shared = self.param_groups[0]

@@ -96,7 +96,7 @@ class ConsensusBasedSampling(CBO):
         self._settle(swarm, particles, losses, lowest, weighted_mean(particles, weights))
         center = swarm["consensus"][:, None]
         root = (particles - center).mul_(weights.nan_to_num(0.0).sqrt()[..., None])
-        draws = self._noise(torch.empty_like(losses)[..., None].expand(*losses.shape, losses.shape[1]), 0.0, 1.0)
+        draws = self._noise((*losses.shape, losses.shape[1]), 0.0, 1.0)
         if self._ranks.own_coordinates:
             self._ranks.agree(draws)
         noise = torch.bmm(draws, root, out=torch.empty_like(root))
@@ -211,9 +211,9 @@ class MemoryCBO(CBO):
             sigma = group["sigma_memory"]
             sigma = group["lambda_memory"] * group["sigma"] if sigma is None else sigma
             away = part - best
-            noise = self._noise(part, 1 - group["lambda_"] * group["lr"], group["sigma"] * root)
+            noise = self._noise(part.shape, 1 - group["lambda_"] * group["lr"], group["sigma"] * root)
             torch.lerp(goal, part, noise, out=part)
-            part.addcmul_(away, self._noise(part, -group["lambda_memory"] * group["lr"], sigma * root))
+            part.addcmul_(away, self._noise(part.shape, -group["lambda_memory"] * group["lr"], sigma * root))
 
     def _complete(self, swarm: dict[str, Any]) -> None:
         particles = swarm["particles"]
@@ -416,7 +416,7 @@ class AdamCBO(CBO):
             second.mul_(beta2).addcmul_(away, away, value=1 - beta2)
             scale = (second / (1 - beta2**steps)).sqrt_().add_(group["eps"])
             part.addcdiv_(first, scale, value=-group["lambda_"] * lr / (1 - beta1**steps))
-            part.addcmul_(away, self._noise(part, 0.0, group["sigma"] * lr**0.5))
+            part.addcmul_(away, self._noise(part.shape, 0.0, group["sigma"] * lr**0.5))
 
     def _complete(self, swarm: dict[str, Any]) -> None:
         for key in ("first", "second"):

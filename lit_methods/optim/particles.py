@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, Literal
 
@@ -304,9 +304,9 @@ class ParticleOptimizer(Optimizer):
         """Fill with normal numbers; this is where all noise comes from."""
         x.normal_(mean, std, generator=self._generator)
 
-    def _noise(self, like: Tensor, mean: float, std: float) -> Tensor:
-        """Normal numbers in scratch memory, of the shape ``(runs, n, d)`` of ``like``."""
-        runs, number, dim = like.shape
+    def _noise(self, shape: Sequence[int], mean: float, std: float) -> Tensor:
+        """Normal numbers ``(runs, n, d)`` in scratch memory."""
+        runs, number, dim = shape
         noise = self._buffer("noise", runs * number, dim)
         self._fill_normal(noise, mean, std)
         return noise.view(runs, number, dim)
