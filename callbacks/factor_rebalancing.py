@@ -17,7 +17,8 @@ class FactorRebalancing(Callback):
 
     From then on an over-parameterised product ``F G^T`` trains at a rate that no longer depends on how small its
     factors started (arXiv 2310.01769, eq. 5.1). The product does not change. Optimizer state of the factors (momentum,
-    Adam moments) belongs to the old coordinates and is dropped, with a log message.
+    Adam moments) belongs to the old coordinates and is dropped, with a log message: moments of squares have no new
+    coordinates, and those of a momentum would be divided by the smallest singular value of ``F``.
 
     It fires after the optimizer step ``at_step``; or, without ``at_step``, as soon as the training loss has fallen
     below ``loss_fraction`` of its first value, or by less than 20 % within the last 50 steps after it had halved. (The
@@ -38,7 +39,8 @@ class FactorRebalancing(Callback):
         rank: rank of the signal, for the default ``beta``; ``None``: by the largest gap.
 
     Raises:
-        ValueError: an argument out of range; when training starts: no parameter matches, or one has no partner.
+        ValueError: an argument out of range; when training starts: no parameter matches, or one has no partner; without
+            ``at_step``: ``training_step`` returns no loss, as with manual optimization.
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class FactorRebalancing(Callback):
             raise ValueError(f"at_step must be at least 1, or None, got {at_step}")
         if not 0 < loss_fraction < 1:
             raise ValueError(f"loss_fraction must be in (0, 1), got {loss_fraction}")
-        if beta is not None and beta <= 0:
-            raise ValueError(f"beta must be > 0, or None, got {beta}")
+        if beta is not None and not 0 < beta < float("inf"):
+            raise ValueError(f"beta must be > 0 and finite, or None, got {beta}")
         if rank is not None and rank < 1:
             raise ValueError(f"rank must be at least 1, or None, got {rank}")
         self.left = left
@@ -67,31 +69,38 @@ class FactorRebalancing(Callback):
         self.beta = beta
         self.rank = rank
         self.fired_at: int | None = None
+        self.betas: list[float] = []  # those used, pair by pair; on rank zero
         self.losses: list[float] = []  # the first, and the last 50
+        self.steps = 0  # optimizer steps when the last batch ended
 
     def state_dict(self) -> dict[str, Any]:
-        """When it fired, and the losses that decide."""
-        return {"fired_at": self.fired_at, "losses": list(self.losses)}
+        """When it fired and with which ``beta``, and the losses that decide."""
+        return {"fired_at": self.fired_at, "betas": list(self.betas), "losses": list(self.losses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.fired_at = state_dict["fired_at"]
+        self.betas = list(state_dict["betas"])
         self.losses = list(state_dict["losses"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse modules without pairs before anything is trained."""
         self._pairs(pl_module)
+        self.steps = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Fire when it is time."""
-        if self.fired_at is None and self._is_time(trainer, outputs):
+        """Fire when it is time: after an optimizer step, since gradients may not accumulate over the change."""
+        stepped, self.steps = trainer.global_step > self.steps, trainer.global_step
+        if self.fired_at is None and stepped and self._is_time(trainer, outputs):
             self._fire(trainer, pl_module)
 
     def _is_time(self, trainer: Trainer, outputs: Any) -> bool:
         if self.at_step is not None:
             return trainer.global_step >= self.at_step
+        if not outputs or "loss" not in outputs:
+            raise ValueError("at_step=None decides by the loss, which training_step does not return: set at_step")
         loss = outputs["loss"].detach().clone()
         if trainer.world_size > 1:  # ranks must decide alike
             dist.all_reduce(loss)
@@ -107,7 +116,8 @@ class FactorRebalancing(Callback):
         for pair in self._pairs(pl_module):
             left, right = (p.full_tensor() if isinstance(p, DTensor) else p for p in (factor.data for factor in pair))
             if trainer.is_global_zero:
-                rebalance_factors_(left, right.mT if self.right_is_transposed else right, self.beta, self.rank)
+                right_factor = right.mT if self.right_is_transposed else right
+                self.betas += rebalance_factors_(left, right_factor, self.beta, self.rank).flatten().tolist()
             for factor, new in zip(pair, (left, right), strict=True):
                 if trainer.world_size > 1:
                     dist.broadcast(new, 0)

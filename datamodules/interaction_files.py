@@ -5,9 +5,9 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,8 @@ class Events(NamedTuple):
         users: places in ``user_ids``, int64 ``(events,)``.
         items: places in ``item_ids``, int64 ``(events,)``.
         values: ratings or counts, float32 ``(events,)``.
-        user_ids: ascending: as numbers where all ids are integers, else as text.
-        item_ids: the same.
+        user_ids: ascending: as numbers where all user ids are integers, else as text.
+        item_ids: the same, whatever the user ids are.
     """
 
     users: NDArray[np.int64]
@@ -110,13 +110,15 @@ def read_table(
         ValueError: a column is missing, or a line is not what the others are.
     """
     name = f"{path}:{member}" if member else str(path)
-    try:
-        return _read(path, columns, delimiter, min_value, member, (np.int64, np.int64), name)
-    except _NotIntegersError:
-        return _read(path, columns, delimiter, min_value, member, (object, object), name)
+    for user_type, item_type in product((np.int64, object), repeat=2):  # numbers, where they are
+        try:
+            return _read(path, columns, delimiter, min_value, member, (user_type, item_type), name)
+        except _BadLineError as error:
+            bad = error
+    raise ValueError(str(bad)) from bad.__cause__
 
 
-class _NotIntegersError(Exception):
+class _BadLineError(Exception):
     pass
 
 
@@ -147,9 +149,7 @@ def _read(
                     piece, types, comments=None, delimiter=separator, usecols=places, quotechar='"', ndmin=1
                 )
             except (ValueError, OverflowError) as error:
-                if id_types[0] is np.int64:  # perhaps the ids are text
-                    raise _NotIntegersError from error
-                raise ValueError(f"{name}, after line {start}: {error}") from error
+                raise _BadLineError(f"{name}, after line {start}: {error}") from error
             values = rows["value"] if "value" in (rows.dtype.names or ()) else np.ones(len(rows), np.float32)
             collector.add(_text(rows["user"]), _text(rows["item"]), values)
             start += len(piece)
@@ -158,6 +158,25 @@ def _read(
 
 def _text(ids: NDArray) -> NDArray:
     return ids.astype(str) if ids.dtype == object else ids
+
+
+def read_columns(table: Any, columns: tuple[str, str, str | None], min_value: float | None) -> Events:
+    """Take events from a table in memory, as :func:`read_table` does from a file.
+
+    Raises:
+        ValueError: a column is missing, or is not as long as the others.
+    """
+    try:
+        users, items, *values = (np.asarray(table[name]) for name in columns if name is not None)
+    except KeyError as error:
+        raise ValueError(f"interactions has no column {error}.") from error
+    values = values or [np.ones(len(users), np.float32)]
+    if not users.shape == items.shape == values[0].shape or users.ndim != 1:
+        raise ValueError(f"The columns {columns} of interactions must be equally long, got {len(users)}, {len(items)}.")
+    collector = EventCollector(min_value)
+    users, items = (ids if ids.dtype.kind in "iu" else ids.astype(str) for ids in (users, items))
+    collector.add(users, items, values[0])
+    return collector.events()
 
 
 def _places(columns: tuple[str | int | None, ...], header: list[str], name: str) -> list[int]:

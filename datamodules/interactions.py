@@ -5,7 +5,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,15 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import InteractionBatch
-from lit_methods.datamodules.interaction_files import Events, read_table
+from lit_methods.datamodules.interaction_files import Events, read_columns, read_table
 from lit_methods.datamodules.tensors import TensorDataModule, TensorRows, UnrepeatedSampler, check_int
+
+
+class Table(Protocol):
+    """Columns by name: a pandas ``DataFrame``, or a dictionary of arrays."""
+
+    def __getitem__(self, column: str, /) -> Any:
+        """The column, ``(events,)``."""
 
 
 class _UserRows(NamedTuple):
@@ -63,8 +70,8 @@ class InteractionsDataModule(TensorDataModule):
     each item index) are known; :class:`~lit_methods.vi.MultVAE` asks for ``num_items`` by itself.
 
     Args:
-        interactions: path of a text table whose first line names the columns, of a scipy sparse matrix in ``.npz``
-            (users in rows), or such a matrix itself.
+        interactions: path of a text table whose first line names the columns, or of a scipy sparse matrix in ``.npz``
+            (users in rows); or such a matrix itself, or a table in memory (``DataFrame`` or dictionary of arrays).
         user_column: name of the column with user ids (integers or text).
         item_column: name of the column with item ids.
         rating_column: name of the column with ratings or counts; None: every event counts 1.
@@ -90,7 +97,7 @@ class InteractionsDataModule(TensorDataModule):
 
     def __init__(
         self,
-        interactions: str | sparse.csr_array | sparse.csr_matrix,
+        interactions: str | Path | sparse.csr_array | sparse.csr_matrix | Table,
         user_column: str = "user_id",
         item_column: str = "item_id",
         rating_column: str | None = "rating",
@@ -191,8 +198,8 @@ class InteractionsDataModule(TensorDataModule):
 
     def _sources(self) -> list[Path]:
         """The files that are read; raises when one is not there."""
-        if not isinstance(self.interactions, str):
-            raise ValueError(f"Invalid cache_dir={self.cache_dir!r}: must be None for a matrix in memory.")
+        if not isinstance(self.interactions, str | Path):
+            raise ValueError(f"Invalid cache_dir={self.cache_dir!r}: must be None for interactions in memory.")
         path = Path(self.interactions)
         if not path.is_file():
             raise FileNotFoundError(
@@ -203,13 +210,15 @@ class InteractionsDataModule(TensorDataModule):
 
     def _read(self) -> Events:
         """All events with a high enough rating, in the order of the file."""
-        matrix = self.interactions
-        if isinstance(matrix, str):
+        source = self.interactions
+        if isinstance(source, str | Path):
             [path] = self._sources()
             if path.suffix != ".npz":
                 return read_table(path, self.columns, self.delimiter, self.min_rating)
-            matrix = sparse.load_npz(path)
-        entries = sparse.csr_array(matrix).tocoo()
+            source = sparse.load_npz(path)
+        if not sparse.issparse(source):
+            return read_columns(source, self.columns, self.min_rating)
+        entries = sparse.csr_array(source).tocoo()
         keep = entries.data >= (self.min_rating if self.min_rating is not None else -np.inf)
         users, items = (column[keep].astype(np.int64) for column in entries.coords)
         sizes = entries.shape
@@ -246,6 +255,11 @@ def split_events(
     users, items, values = users[keep], items[keep], values[keep]
 
     kept_users = np.unique(users)
+    if len(kept_users) == 0:
+        raise ValueError(
+            f"No user is left: of {len(events.users)} interactions with at least min_rating, none passes "
+            f"min_item_interactions={min_item_interactions} and min_user_interactions={min_user_interactions}."
+        )
     if 2 * num_heldout_users >= len(kept_users):
         raise ValueError(
             f"Invalid num_heldout_users={num_heldout_users!r}: must be < {len(kept_users) / 2:g}: the filters leave "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_methods.batches import EntriesBatch, MatrixBatch, SensingBatch
+from lit_methods.batches import EntriesBatch, MatrixBatch, RankOneBatch, SensingBatch
 from lit_methods.datamodules.tensors import ShuffledSampler, TensorDataModule, TensorRows, check_int
 
 
@@ -17,9 +17,10 @@ class SensingDataModule(TensorDataModule):
     ``M = U diag(s) V^T`` has random orthonormal ``U`` and ``V`` (``V = U`` when symmetric) and singular values ``s``
     that fall geometrically from 1 to ``1 / condition_number``. Training batches are
     :class:`~lit_methods.batches.SensingBatch` (``gaussian``: ``A_i`` with independent N(0, 1) entries, on symmetric
-    matrices the same as their symmetric parts) or :class:`~lit_methods.batches.EntriesBatch` (``entries``, drawn
-    without replacement). With all ``rows * columns`` entries the problem is matrix factorisation. Validation, test and
-    prediction batches are one :class:`~lit_methods.batches.MatrixBatch` with ``M``, on every rank.
+    matrices the same as their symmetric parts), :class:`~lit_methods.batches.RankOneBatch` (``rank_one``: ``a_i b_i^T``
+    of such vectors, whose heavier tails want smaller steps) or :class:`~lit_methods.batches.EntriesBatch` (``entries``,
+    drawn without replacement). With all ``rows * columns`` entries the problem is matrix factorisation. Validation,
+    test and prediction batches are one :class:`~lit_methods.batches.MatrixBatch` with ``M``, on every rank.
 
     By default a batch is all measurements of the rank, ``steps_per_epoch`` times an epoch: full-batch gradient descent.
 
@@ -29,7 +30,7 @@ class SensingDataModule(TensorDataModule):
         rank: rank ``r`` of ``M``, in [1, min(rows, columns)].
         num_measurements: number of measurements ``m``, >= 1, at most rows * columns for entries; ``None``: rows *
             columns.
-        measurements: ``"gaussian"`` or ``"entries"``.
+        measurements: ``"gaussian"``, ``"rank_one"`` or ``"entries"``.
         symmetric: ``M`` is symmetric and positive semi-definite.
         condition_number: largest over smallest singular value of the signal, >= 1.
         noise_std: standard deviation of the Gaussian noise on ``y_i``, >= 0.
@@ -49,7 +50,7 @@ class SensingDataModule(TensorDataModule):
         columns: int | None = None,
         rank: int = 3,
         num_measurements: int | None = 2500,
-        measurements: Literal["gaussian", "entries"] = "gaussian",
+        measurements: Literal["gaussian", "rank_one", "entries"] = "gaussian",
         symmetric: bool = True,
         condition_number: float = 1.0,
         noise_std: float = 0.0,
@@ -63,8 +64,8 @@ class SensingDataModule(TensorDataModule):
         self.rows = check_int("rows", rows, 1)
         self.columns = rows if columns is None else check_int("columns", columns, 1)
         self.rank = check_int("rank", rank, 1, min(self.rows, self.columns))
-        if measurements not in ("gaussian", "entries"):
-            raise ValueError(f"Invalid measurements={measurements!r}: must be 'gaussian' or 'entries'.")
+        if measurements not in ("gaussian", "rank_one", "entries"):
+            raise ValueError(f"Invalid measurements={measurements!r}: must be 'gaussian', 'rank_one' or 'entries'.")
         if symmetric and self.rows != self.columns:
             raise ValueError(
                 f"Invalid symmetric=True with {self.rows} rows and {self.columns} columns: must be square."
@@ -98,10 +99,13 @@ class SensingDataModule(TensorDataModule):
         v = u if self.symmetric else torch.linalg.qr(normal(self.columns, self.rank)).Q
         exponents = torch.arange(self.rank, dtype=torch.float64) / max(self.rank - 1, 1)
         matrix = u * self.condition_number**-exponents @ v.T
-        data: SensingBatch | EntriesBatch
+        data: SensingBatch | RankOneBatch | EntriesBatch
         if self.measurements == "gaussian":
             a = normal(self.num_measurements, self.rows, self.columns)
             data = SensingBatch(a.to(self.dtype), a.flatten(1) @ matrix.flatten())
+        elif self.measurements == "rank_one":
+            a, b = normal(self.num_measurements, self.rows), normal(self.num_measurements, self.columns)
+            data = RankOneBatch(a.to(self.dtype), b.to(self.dtype), (a @ matrix * b).sum(1))
         else:
             entries = torch.randperm(self.rows * self.columns, generator=generator)[: self.num_measurements]
             scale = (self.rows * self.columns) ** 0.5

@@ -52,7 +52,32 @@ class SensingBatch(NamedTuple):
 
     def measure(self, left: Tensor, right: Tensor) -> Tensor:
         """``<A_i, left right^T>``: factors ``(..., rows, k)`` and ``(..., columns, k)`` to ``(..., batch)``."""
+        if self.matrices.shape[1:] != (left.shape[-2], right.shape[-2]):
+            raise ValueError(
+                f"matrices must be (batch, {left.shape[-2]}, {right.shape[-2]}) to measure left right^T, got "
+                f"{tuple(self.matrices.shape)}"
+            )
         return (left @ right.mT).flatten(-2) @ self.matrices.flatten(1).mT
+
+
+class RankOneBatch(NamedTuple):
+    """Measurements by ``A_i = a_i b_i^T``; a :class:`SensingBatch` that never stores the ``A_i``.
+
+    Isotropic, as there, with independent standard normal ``a_i`` and ``b_i``.
+
+    Attributes:
+        row_vectors: the ``a_i``, ``(batch, rows)``, floating point.
+        column_vectors: the ``b_i``, ``(batch, columns)``.
+        values: ``a_i^T M b_i``, ``(batch,)``.
+    """
+
+    row_vectors: Tensor
+    column_vectors: Tensor
+    values: Tensor
+
+    def measure(self, left: Tensor, right: Tensor) -> Tensor:
+        """``a_i^T left right^T b_i`` without the product matrix; shapes as :meth:`SensingBatch.measure`."""
+        return ((self.row_vectors @ left) * (self.column_vectors @ right)).sum(-1)
 
 
 class EntriesBatch(NamedTuple):
@@ -225,7 +250,8 @@ class InteractionBatch(NamedTuple):
     """Histories of users as sparse rows (CSR), and what of each user's interactions was held out.
 
     Attributes:
-        items: the items that user ``u`` interacted with are ``items[offsets[u]:offsets[u + 1]]``, int64 ``(nnz,)``.
+        items: the items that user ``u`` interacted with are ``items[offsets[u]:offsets[u + 1]]``, each once, int64
+            ``(nnz,)``.
         offsets: int64 ``(users + 1,)``, from 0 to ``nnz``, never falling.
         values: how often or how much, >= 0, floating point ``(nnz,)``; ``None``: 1 each.
         target_items: held-out items, which are not in the history, int64; for training empty.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lit_methods.optim.optimistic_ftrl import OptimisticFTL, OptimisticFTRL
     from lit_methods.optim.optimistic_newton import OptimisticOnlineNewton
     from lit_methods.optim.optimistic_omd import OptimisticOMD
+    from lit_methods.optim.scaled_gd import ScaledGD
     from lit_methods.optim.schedules import PiecewiseConstantLR
     from lit_methods.optim.sso import SSO
 
@@ -61,6 +62,7 @@ __all__ = [
     "PNorm",
     "PiecewiseConstantLR",
     "PolarizedCBO",
+    "ScaledGD",
     "Simplex",
     "UnnormalizedEntropy",
     "collect_gradients",
@@ -100,6 +102,7 @@ __getattr__, __dir__ = lazy_exports(
         "PiecewiseConstantLR": "schedules",
         "PolarizedCBO": "cbo_variants",
         "SSO": "sso",
+        "ScaledGD": "scaled_gd",
         "Simplex": "constraints",
         "UnnormalizedEntropy": "mirror_maps",
         "collect_gradients": "fisher_inverse",

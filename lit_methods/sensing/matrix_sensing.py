@@ -11,10 +11,13 @@ show, about the squared error after ``T`` steps:
 - ``F G^T`` with one extra step (:func:`~lit_methods.sensing.rebalance_factors_`, by the callback
   :class:`~lit_methods.callbacks.FactorRebalancing`): ``(1 - lr beta^2)^(2T)``, whatever ``alpha`` was.
 
-The batch decides what is measured: :class:`~lit_methods.batches.SensingBatch` (dense ``A_i``) or
-:class:`~lit_methods.batches.EntriesBatch` (matrix completion; all entries: matrix factorisation). Losses are means over
-measurements, so that plain ``SGD`` on a full batch is the paper's gradient descent to the letter, data parallel ranks
-with equal shares average to it, and mini-batches estimate it.
+Another optimizer is another baseline: :class:`~lit_methods.optim.ScaledGD` is free of the condition number as well.
+
+The batch decides what is measured: :class:`~lit_methods.batches.SensingBatch` (dense ``A_i``),
+:class:`~lit_methods.batches.RankOneBatch` (``a_i b_i^T``) or :class:`~lit_methods.batches.EntriesBatch` (matrix
+completion; all entries: matrix factorisation); the adjoint is autograd's. Losses are means over measurements, so that
+plain ``SGD`` on a full batch is the paper's gradient descent to the letter, data parallel ranks with equal shares
+average to it, and mini-batches estimate it.
 """
 
 from collections.abc import Sequence
@@ -24,7 +27,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lit_methods.batches import EntriesBatch, MatrixBatch, SensingBatch
+from lit_methods.batches import EntriesBatch, MatrixBatch, RankOneBatch, SensingBatch
 from lit_methods.hyperparameters import live_arguments
 
 __all__ = ["AsymmetricSensing", "SymmetricSensing"]
@@ -42,6 +45,8 @@ class _Sensing(LightningModule):
         super().__init__()
         if not init_scales or not all(0 < scale < float("inf") for scale in init_scales):
             raise ValueError(f"init_scales must hold at least one number, all > 0 and finite, got {init_scales}")
+        if len({f"{scale:g}" for scale in init_scales}) < len(init_scales):
+            raise ValueError(f"init_scales must differ in 6 digits, since runs are logged by them, got {init_scales}")
         self.init_scales = tuple(init_scales)
         self.optimizer = optimizer
 
@@ -54,7 +59,7 @@ class _Sensing(LightningModule):
         left, right = self.factors()
         return left @ right.mT
 
-    def training_step(self, batch: SensingBatch | EntriesBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: SensingBatch | RankOneBatch | EntriesBatch, batch_idx: int) -> Tensor:
         """Sum over runs of the scaled mean squared residual; the runs' gradients do not mix."""
         residuals = batch.measure(*self.factors()) - batch.values
         losses = self.loss_factor * residuals.square().mean(-1)
@@ -79,8 +84,13 @@ class _Sensing(LightningModule):
         return self.optimizer(self.parameters())
 
     def _evaluate(self, batch: MatrixBatch, stage: str) -> None:
-        left = self.factors()[0]
-        errors = (self() - batch.matrix).square().sum((-2, -1))
+        left, recovered = self.factors()[0], self()
+        if batch.matrix.shape[-2:] != recovered.shape[-2:]:
+            raise ValueError(
+                f"The data's matrix is {tuple(batch.matrix.shape[-2:])}, but the factors make one of "
+                f"{tuple(recovered.shape[-2:])}."
+            )
+        errors = (recovered - batch.matrix).square().sum((-2, -1))
         smallest = torch.linalg.matrix_norm(left.float() if left.dtype == torch.bfloat16 else left, ord=-2)
         for run, scale in enumerate(self.init_scales):
             self.log(f"{stage}/error/{scale:g}", errors[run], sync_dist=True, batch_size=1)
@@ -105,7 +115,7 @@ class SymmetricSensing(_Sensing):
         optimizer: builds the optimizer; default gradient descent with a step of 0.1 (for a largest singular value 1).
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range; a validation or test matrix of another size, or not symmetric.
     """
 
     loss_factor = 0.25
@@ -125,6 +135,11 @@ class SymmetricSensing(_Sensing):
     def factors(self) -> tuple[Tensor, Tensor]:
         """``X`` twice, ``(runs, size, factor_rank)``."""
         return self.factor, self.factor
+
+    def _evaluate(self, batch: MatrixBatch, stage: str) -> None:
+        super()._evaluate(batch, stage)
+        if not torch.allclose(batch.matrix, batch.matrix.mT, rtol=1e-3, atol=1e-5):
+            raise ValueError("The data's matrix is not symmetric and cannot be X X^T: use AsymmetricSensing.")
 
 
 class AsymmetricSensing(_Sensing):
@@ -146,7 +161,7 @@ class AsymmetricSensing(_Sensing):
         optimizer: builds the optimizer; default gradient descent with a step of 0.1 (for a largest singular value 1).
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range; a validation or test matrix of another size.
     """
 
     loss_factor = 0.5

@@ -19,17 +19,27 @@ one linear solve with the full Hessian. Neither depends on how many steps the so
 """
 
 import math
-import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
+
+from lit_methods.transport.semi_dual import (
+    DenseDual,
+    Point,
+    SemiDual,
+    Sparsity,
+    equal_means,
+    hessian_solve,
+    lowest_exponent,
+    sum_ranks,
+    total_rows,
+)
 
 __all__ = ["OTResult", "SinkhornNewton", "sinkhorn_newton"]
 
-Sparsity = Literal["adaptive", "topk", "dense"]
-_DENSE_SIZE = 256  # up to this many columns a dense factorisation is as fast as conjugate gradients
-_CG_STEPS = 400
 _SCALED_RANGE = 40.0  # eta is doubled from where eta * (largest - smallest cost) is at most this
 _STAGE_TOL = 3e-3
 
@@ -75,6 +85,8 @@ def sinkhorn_newton(
     nnz_per_row: int = 8,
     eps_scaling: int | None = None,
     dtype: torch.dtype | None = None,
+    row_sharded: bool = False,
+    warmstart: Tensor | None = None,
 ) -> OTResult:
     """Solve a batch of entropic optimal transport problems, differentiably.
 
@@ -97,6 +109,10 @@ def sinkhorn_newton(
         eps_scaling: number of doublings that lead to ``eta``, >= 0. ``None``: none for problems on which every full
             Newton step succeeds; the others start again from where ``eta`` times the range of the costs is at most 40.
         dtype: float32 or float64 to compute in; ``None``: float64 for float64 costs, else float32. Results have it.
+        row_sharded: ``cost`` and ``a`` are this rank's rows of a problem that all ranks of the default process group
+            solve together, if there is one; ``b`` is whole on each. Of the result, ``plan`` and ``f`` are this rank's
+            rows, all else is joint. Gradients are those of the sum over ranks, as after an ``all_gather``.
+        warmstart: column potentials to start from, ``(..., m)``: ``g`` of the result of a similar problem.
 
     Returns:
         The solutions. ``plan``, ``f``, ``g`` and ``cost`` can be differentiated once, ``value`` twice.
@@ -121,8 +137,9 @@ def sinkhorn_newton(
         nnz_per_row=nnz_per_row,
         eps_scaling=eps_scaling,
         dtype=dtype,
+        row_sharded=row_sharded,
     )
-    return solver(cost, a, b)
+    return solver(cost, a, b, warmstart)
 
 
 class SinkhornNewton(nn.Module):
@@ -140,6 +157,7 @@ class SinkhornNewton(nn.Module):
         nnz_per_row: int = 8,
         eps_scaling: int | None = None,
         dtype: torch.dtype | None = None,
+        row_sharded: bool = False,
     ) -> None:
         super().__init__()
         if (eta is None) == (reg is None):
@@ -167,38 +185,49 @@ class SinkhornNewton(nn.Module):
         self.nnz_per_row = nnz_per_row
         self.eps_scaling = eps_scaling
         self.dtype = dtype
+        self.row_sharded = row_sharded
 
-    def forward(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> OTResult:
+    def forward(
+        self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, warmstart: Tensor | None = None
+    ) -> OTResult:
         """Solve; see :func:`sinkhorn_newton`."""
         batch = cost.shape[:-2]
-        cost, a, b = self._checked(cost, a, b)
+        cost, a, b, g = self._checked(cost, a, b, warmstart)
         with torch.autocast(cost.device.type, enabled=False):
-            f, g, stats = self._potentials(cost, a, b)
-            plan = _plan(cost, f, g, self.eta)
-            value = _Value.apply(cost, a, b, f.detach(), g.detach(), self.eta)
-            transported = (torch.where(plan > 0, cost, 0.0) * plan).sum((-2, -1))
+            with torch.no_grad():
+                f, g, plan, stats = _solve(self, cost, a, b, g)
+            value = _Value.apply(cost, a, b, f, g, self.eta, self.sharded)
+            f, g, plan = _Solution.apply(cost, a, b, f, g, plan, self.eta, self.sharded)
+            finite = cost if bool(cost.amax() < math.inf) else torch.where(cost < math.inf, cost, 0.0)
+            transported = torch.einsum("bnm,bnm->b", plan, finite)
+        if self.sharded:
+            value, transported = (dist_nn.all_reduce(x) for x in (value, transported))
         return OTResult(*(x.reshape(batch + x.shape[1:]) for x in (plan, f, g, value, transported, *stats)))
 
-    def value(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+    def value(
+        self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, warmstart: Tensor | None = None
+    ) -> Tensor:
         """``forward(...).value`` alone, ``(...)``: its gradient is the plan, for which nothing has to be solved."""
         batch = cost.shape[:-2]
-        cost, a, b = self._checked(cost, a, b)
+        cost, a, b, g = self._checked(cost, a, b, warmstart)
         with torch.autocast(cost.device.type, enabled=False), torch.no_grad():
-            f, g, _ = _solve(self, cost.detach(), a.detach(), b.detach())
-        return _Value.apply(cost, a, b, f, g, self.eta).reshape(batch)
+            f, g, *_ = _solve(self, cost, a, b, g)
+        value = _Value.apply(cost, a, b, f, g, self.eta, self.sharded)
+        return (dist_nn.all_reduce(value) if self.sharded else value).reshape(batch)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several ranks solve one problem together."""
+        return self.row_sharded and dist.is_available() and dist.is_initialized()
 
     def extra_repr(self) -> str:
         """The settings."""
         return f"eta={self.eta:g}, warmup={self.warmup}, max_newton={self.max_newton}, sparsity={self.sparsity!r}"
 
-    def _potentials(self, cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        with torch.no_grad():
-            f, g, stats = _solve(self, cost.detach(), a.detach(), b.detach())
-        f, g = _Potentials.apply(cost, a, b, f, g, self.eta)
-        return f, g, stats
-
-    def _checked(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The problem as ``(B, n, m)``, ``(B, n)``, ``(B, m)`` of the dtype to compute in."""
+    def _checked(
+        self, cost: Tensor, a: Tensor | None, b: Tensor | None, g: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The problem as ``(B, n, m)``, ``(B, n)``, ``(B, m)``, the start as ``(B, m)``, of the dtype to compute in."""
         if not cost.is_floating_point():
             raise ValueError(f"cost must be floating point, got {cost.dtype}")
         if cost.ndim < 2 or cost.numel() == 0:
@@ -206,84 +235,127 @@ class SinkhornNewton(nn.Module):
         dtype = self.dtype or (torch.float64 if cost.dtype == torch.float64 else torch.float32)
         batch, sizes = cost.shape[:-2], cost.shape[-2:]
         cost = cost.to(dtype).reshape(-1, *sizes)
-        smallest = torch.cat([cost.detach().amin(-1), cost.detach().amin(-2)], -1)
+        row_minima, column_minima = cost.detach().amin(-1), cost.detach().amin(-2)
+        if self.sharded:
+            dist.all_reduce(column_minima, dist.ReduceOp.MIN)
+        smallest = torch.cat([row_minima, column_minima], -1)
         if not bool((smallest > -math.inf).all()):
             raise ValueError("cost must hold no NaN and no -inf")
         if not bool((smallest < math.inf).all()):
             raise ValueError("cost must have a finite entry in every row and every column")
-        weights = []
-        for name, given, size in (("a", a, sizes[0]), ("b", b, sizes[1])):
-            w = cost.new_full((size,), 1 / size) if given is None else given
-            if not w.is_floating_point():
-                raise ValueError(f"{name} must be floating point, got {w.dtype}")
-            if w.ndim == 0 or w.shape[-1] != size:
-                raise ValueError(f"{name} must have shape (..., {size}) for this cost, got {tuple(w.shape)}")
-            if not bool(((w > 0) & (w < math.inf)).all()):
-                raise ValueError(f"{name} must be > 0 and finite; drop rows and columns without weight, got {w}")
-            weights.append(w.to(cost).expand(*batch, size).reshape(-1, size))
-        masses = [w.detach().double().sum(-1) for w in weights]
-        if bool(((masses[0] - masses[1]).abs() > 1e-6 * masses[0]).any()):
-            raise ValueError(f"a and b must have equal sums, got {masses[0].tolist()} and {masses[1].tolist()}")
-        return cost, weights[0], weights[1]
+        a, b = checked_weights(cost, batch, sizes, a, b, self.sharded)
+        if g is not None:
+            if g.ndim == 0 or g.shape[-1] != sizes[1] or not bool(g.isfinite().all()):
+                raise ValueError(
+                    f"warmstart must be finite and have shape (..., {sizes[1]}) for this cost, got {tuple(g.shape)}"
+                )
+            g = g.detach().to(cost).expand(*batch, sizes[1]).reshape(-1, sizes[1])
+        return cost, a, b, g
+
+
+def checked_weights(
+    like: Tensor, batch: torch.Size, sizes: torch.Size, a: Tensor | None, b: Tensor | None, sharded: bool
+) -> tuple[Tensor, Tensor]:
+    """Weights ``(B, n)`` and ``(B, m)`` of ``sizes`` = (n, m), of the dtype and on the device of ``like``."""
+    rows = total_rows(like.new_zeros(1, sizes[0]), sharded)[1].item()
+    weights = []
+    for name, given, size, number in (("a", a, sizes[0], rows), ("b", b, sizes[1], sizes[1])):
+        w = like.new_full((size,), 1 / number) if given is None else given
+        if not w.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {w.dtype}")
+        if w.ndim == 0 or w.shape[-1] != size:
+            raise ValueError(f"{name} must have shape (..., {size}) for this cost, got {tuple(w.shape)}")
+        if not bool(((w > 0) & (w < math.inf)).all()):
+            raise ValueError(f"{name} must be > 0 and finite; drop rows and columns without weight, got {w}")
+        weights.append(w.to(like).expand(*batch, size).reshape(-1, size))
+    a, b = weights
+    masses = [total_rows(a.detach().double(), sharded)[0][:, 0], b.detach().double().sum(-1)]
+    if bool(((masses[0] - masses[1]).abs() > 1e-6 * masses[0]).any()):
+        raise ValueError(f"a and b must have equal sums, got {masses[0].tolist()} and {masses[1].tolist()}")
+    return a, b
 
 
 def _plan(cost: Tensor, f: Tensor, g: Tensor, eta: float) -> Tensor:
-    exponents = torch.sub((eta * f - 1)[..., None] + (eta * g)[..., None, :], cost, alpha=eta)
-    lowest = _lowest_exponent(cost.dtype)
-    return torch.where(exponents > lowest, exponents.clamp(min=lowest).exp(), 0.0)
+    plan = torch.sub((eta * f - 1)[..., None] + (eta * g)[..., None, :], cost, alpha=eta)
+    return _drop_underflow(plan.clamp_(min=lowest_exponent(plan.dtype)).exp_())
 
 
-def _lowest_exponent(dtype: torch.dtype) -> float:
-    """``exp`` of less is nothing; it is also several times as slow, because it underflows."""
-    return 0.85 * math.log(torch.finfo(dtype).tiny)
+def _drop_underflow(plan: Tensor) -> Tensor:
+    """Make what is left of forbidden and far too expensive pairs exactly 0, in place."""
+    return nn.functional.threshold(plan, torch.finfo(plan.dtype).tiny ** 0.8, 0.0, inplace=True)
 
 
 class _Value(torch.autograd.Function):
-    """The optimal value at given optimal potentials; differentiating its gradient goes through ``_Potentials``."""
+    """The optimal value at given optimal potentials; differentiating its gradient goes through ``_Solution``.
 
-    @staticmethod
-    def forward(ctx: Any, cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eta: float) -> Tensor:
-        ctx.save_for_backward(cost, a, b, f, g)
-        ctx.eta = eta
-        return (a * f).sum(-1) + (b * g).sum(-1) - a.sum(-1) / eta
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cost, a, b, f, g = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            f, g = _Potentials.apply(cost, a, b, f, g, ctx.eta)
-        weight = grads[0][:, None]
-        grad_cost = weight[..., None] * _plan(cost, f, g, ctx.eta) if ctx.needs_input_grad[0] else None
-        return grad_cost, weight * f, weight * g, None, None, None
-
-
-class _Potentials(torch.autograd.Function):
-    """The identity on solved potentials, with the derivative of the solution (implicit function theorem)."""
+    With sharded rows, this rank's part of it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eta: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eta: float, sharded: bool
+    ) -> Tensor:
         ctx.save_for_backward(cost, a, b, f, g)
-        ctx.eta = eta
-        return f.clone(), g.clone()
+        ctx.eta, ctx.sharded = eta, sharded
+        return (a * f).sum(-1) - a.sum(-1) / eta + share_of_rank(b * g, sharded).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cost, a, b, f, g = ctx.saved_tensors
+        weight, plan = grads[0][:, None], None
+        if ctx.needs_input_grad[0]:
+            with torch.no_grad():
+                plan = _plan(cost, f, g, ctx.eta)
+            if torch.is_grad_enabled():
+                f, g, plan = _Solution.apply(cost, a, b, f, g, plan, ctx.eta, ctx.sharded)
+        grad_cost = None if plan is None else weight[..., None] * plan
+        return grad_cost, weight * f, weight * share_of_rank(g, ctx.sharded), None, None, None, None
+
+
+def share_of_rank(x: Tensor, sharded: bool) -> Tensor:
+    """This rank's part of what all ranks hold alike."""
+    return x / dist.get_world_size() if sharded else x
+
+
+class _Solution(torch.autograd.Function):
+    """The identity on solved potentials and plan, with their derivative (implicit function theorem)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, plan: Tensor, eta: float, sharded: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        f, g, plan = f.view_as(f), g.view_as(g), plan.view_as(plan)
+        ctx.save_for_backward(cost, a, b, plan)
+        ctx.eta, ctx.sharded = eta, sharded
+        return f, g, plan
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        cost, a, b, plan = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
-            plan = _plan(cost, f, g, ctx.eta)
-            # the adjoint of giving both potentials equal means
-            excess = (grads[0].sum(-1, keepdim=True) - grads[1].sum(-1, keepdim=True)) / 2
-            u, w = _hessian_solve(plan, grads[0] - excess / f.shape[-1], grads[1] + excess / g.shape[-1])
+            x, y = (torch.zeros_like(w) if grad is None else grad for w, grad in zip((a, b), grads[:2], strict=True))
+            y = sum_ranks(y.clone(), ctx.sharded)
+            total, number = total_rows(x, ctx.sharded)
+            excess = (total - y.sum(-1, keepdim=True)) / 2  # the adjoint of giving both potentials equal means
+            x, y = x - excess / number, y + excess / y.shape[-1]
+            moved = None if grads[2] is None else ctx.eta * grads[2] * plan
+            if moved is not None:
+                x, y = x + moved.sum(-1), y + sum_ranks(moved.sum(-2), ctx.sharded)
+            u, w = hessian_solve(plan, x, y, ctx.sharded)
             grad_cost = plan * (u[..., None] + w[..., None, :])
-            results = grad_cost, u / ctx.eta, w / ctx.eta
+            if moved is not None:
+                grad_cost -= moved
+            results = grad_cost, u / ctx.eta, share_of_rank(w / ctx.eta, ctx.sharded)
         if torch.is_grad_enabled():
-            results = tuple(_NoSecondDerivative.apply(x, *grads, cost, a, b) for x in results)
-        return *results, None, None, None
+            given = [grad for grad in grads if grad is not None]
+            results = tuple(NoSecondDerivative.apply(result, *given, cost, a, b) for result in results)
+        return *results, None, None, None, None, None
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class NoSecondDerivative(torch.autograd.Function):
+    """The identity on a gradient; whoever differentiates it learns that this cannot be done."""
+
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.clone()
@@ -291,207 +363,116 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
-            "Second derivatives of an optimal transport plan, its potentials or its cost are not implemented; those of "
-            "`value` are."
+            "Second derivatives of an optimal transport plan, its potentials, its cost or a tiled value are not "
+            "implemented; those of `value` are."
         )
 
 
-def _hessian_solve(plan: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve ``[[diag(P 1), P], [P^T, diag(P^T 1)]] (u, w) = (x, y)`` for ``sum x = sum y``."""
-    if plan.shape[-1] > plan.shape[-2]:
-        w, u = _hessian_solve(plan.mT, y, x)
-        return u, w
-    rows, columns = plan.sum(-1), plan.sum(-2)
-    factor = _factorise(_schur(plan, rows), columns, torch.zeros_like(rows[:, :1]))
-    u, w = torch.zeros_like(x), torch.zeros_like(y)
-    for _ in range(3):  # twice refined
-        residual_x = x - rows * u - _mv(plan, w)
-        residual_y = y - columns * w - _mv(plan.mT, u)
-        right = residual_y - _mv(plan.mT, residual_x / rows)
-        right = right - columns * (right.sum(-1, keepdim=True) / columns.sum(-1, keepdim=True))
-        step = torch.cholesky_solve(right[..., None], factor)[..., 0]
-        w = w + step
-        u = u + (residual_x - _mv(plan, step)) / rows
-    shift = (w.mean(-1, keepdim=True) - u.mean(-1, keepdim=True)) / 2
-    return u + shift, w - shift
+Stats = tuple[Tensor, Tensor, Tensor, Tensor]  # sweeps, steps, marginal error, converged
 
 
-def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
-    if len(matrix) == 1:  # several times as fast as the batched product
-        return (matrix[0] @ vector[0])[None]
-    return (matrix @ vector[..., None])[..., 0]
-
-
-def _schur(plan: Tensor, rows: Tensor) -> Tensor:
-    """``diag(P^T 1) - P^T diag(1/rows) P``, a graph's Laplacian, to the relative precision of each entry."""
-    weights = plan.mT @ (plan / rows[..., None])
-    weights.diagonal(dim1=-2, dim2=-1).zero_()
-    degrees = weights.sum(-1)
-    weights.neg_().diagonal(dim1=-2, dim2=-1).copy_(degrees)
-    return weights
-
-
-def _factorise(schur: Tensor, columns: Tensor, damping: Tensor) -> Tensor:
-    """Cholesky factor of the damped Schur complement, whose null vector 1 is lifted; overwrites ``schur``."""
-    schur.baddbmm_(columns[..., None], columns[..., None, :])
-    floor = 8 * torch.finfo(schur.dtype).eps
-    schur.diagonal(dim1=-2, dim2=-1).add_((damping + floor) * columns)
-    factor, failed = torch.linalg.cholesky_ex(schur)
-    while floor < 1 and bool(failed.any()):
-        floor *= 100
-        schur.diagonal(dim1=-2, dim2=-1).add_(floor * columns)
-        factor, failed = torch.linalg.cholesky_ex(schur)
-    return factor
-
-
-def _solve(solver: SinkhornNewton, cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Potentials, and (sweeps, steps, marginal error, converged), of problems ``(B, n, m)``."""
-    if cost.shape[-1] > cost.shape[-2]:
-        g, f, stats = _solve(solver, cost.mT.contiguous(), b, a)
-        return f, g, stats
-    eta = solver.eta
-    mass = a.sum(-1, keepdim=True)
-    a, b = a / mass, b / b.sum(-1, keepdim=True)
-    kernel = -eta * cost
+def _solve(
+    solver: SinkhornNewton, cost: Tensor, a: Tensor, b: Tensor, g: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Stats]:
+    """Potentials, plan and what it took, for problems ``(B, n, m)``; ``g`` is a start."""
+    eta, sharded = solver.eta, solver.sharded
+    if cost.shape[-1] > cost.shape[-2] and not sharded:
+        f = None if g is None else (a.log() - torch.logsumexp(eta * (g[:, None] - cost), -1)) / eta
+        g, f, plan, stats = _solve(solver, cost.mT.contiguous(), b, a, f)
+        return f, g, plan.mT, stats
+    mass = b.sum(-1, keepdim=True)
+    a, b = a / total_rows(a, sharded)[0], b / mass
+    kernel = (-eta * cost).contiguous()
     low, high = kernel.amin((-2, -1)), kernel.amax((-2, -1))
     if bool((low == -math.inf).any()):
         low = torch.where(kernel > -math.inf, kernel, math.inf).amin((-2, -1))
-    extent = float((high - low).max())
-    eps = torch.finfo(cost.dtype).eps
-    tol = max(1e-10 if cost.dtype == torch.float64 else 1e-5, 8 * eps * extent) if solver.tol is None else solver.tol
-    problem = _Problem(kernel, a, b, torch.empty_like(kernel), solver.sparsity, solver.nnz_per_row)
+    if sharded:
+        high = -lowest_of_ranks(-high)
+        low = lowest_of_ranks(low)
+    dual = DenseDual(kernel, a, b, torch.empty_like(kernel), solver.sparsity, solver.nnz_per_row, sharded)
+    v = torch.zeros_like(b) if g is None else eta * g
+    end, stats = maximise(dual, solver, v, float((high - low).max()))
+    f, g = equal_means((end.u + mass.log() + 1) / eta, end.v / eta, sharded)
+    return f, g, _drop_underflow(dual.plan.mul_(mass[..., None])), stats
+
+
+def lowest_of_ranks(x: Tensor) -> Tensor:
+    dist.all_reduce(x, dist.ReduceOp.MIN)
+    return x
+
+
+def maximise(dual: SemiDual, solver: SinkhornNewton, v: Tensor, extent: float) -> tuple[Point, Stats]:
+    """The maximum of the dual, from ``v``; ``extent`` is the range of ``eta cost``."""
+    eps = torch.finfo(v.dtype).eps
+    tol = max(1e-10 if v.dtype == torch.float64 else 1e-5, 8 * eps * extent) if solver.tol is None else solver.tol
     may_restart = solver.eps_scaling is None and solver.max_newton > 0 and extent > _SCALED_RANGE
-    v, sweeps, steps, solved = _ascend(problem, solver, solver.eps_scaling or 0, tol, 1 if may_restart else 3)
-    if may_restart and not bool(solved.all()):
-        hard = ~solved
+    end, sweeps, steps = _ascend(dual, solver, v, solver.eps_scaling or 0, tol, 1 if may_restart else 3)
+    hard = end.error > tol
+    if may_restart and bool(hard.any()):
+        part = dual if bool(hard.all()) else dual.subset(hard)
         doublings = math.ceil(math.log2(extent / _SCALED_RANGE))
-        part = problem.subset(hard) if bool(solved.any()) else problem
-        v[hard], more_sweeps, more_steps, _ = _ascend(part, solver, doublings, tol, 3)
+        rest, more_sweeps, more_steps = _ascend(part, solver, torch.zeros_like(part.b), doublings, tol, 3)
+        if part is not dual:
+            dual.replace(hard, part)
+        end = end.replaced(hard, rest)
         sweeps[hard] += more_sweeps
         steps[hard] += more_steps
-    u = _rows(problem, 1.0, v)
-    error = (b - problem.plan.sum(-2)).abs().sum(-1)
-    f, g = (u + mass.log() + 1) / eta, v / eta
-    shift = (g.mean(-1, keepdim=True) - f.mean(-1, keepdim=True)) / 2
-    return f + shift, g - shift, (sweeps, steps, error, error <= tol)
+    return end, (sweeps, steps, end.error, end.error <= tol)
 
 
 def _ascend(
-    problem: "_Problem", solver: SinkhornNewton, doublings: int, tol: float, trials: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both stages of the algorithm, at ``eta / 2^doublings`` first; potentials, sweeps, steps, and which are solved."""
-    v = torch.zeros_like(problem.b)
+    dual: SemiDual, solver: SinkhornNewton, v: Tensor, doublings: int, tol: float, trials: int
+) -> tuple[Point, Tensor, Tensor]:
+    """Both stages of the algorithm, at ``eta / 2^doublings`` first; the end, sweeps and steps."""
     steps = torch.zeros(len(v), dtype=torch.int64, device=v.device)
     sweeps = 0
+    v = v / 2.0**doublings
     for stage in range(doublings + 1):
         scale = 2.0 ** (stage - doublings)
         last = stage == doublings
         count = solver.warmup if stage == 0 else min(2, solver.warmup)
         target, most = (tol, solver.max_newton) if last else (_STAGE_TOL, 20)
-        v, done = _sweep(problem, scale, v if stage == 0 else 2 * v, count, target)
-        v, taken, solved = _newton(problem, scale, v, target, most, trials)
+        v, done = dual.sweep(scale, v if stage == 0 else 2 * v, count, target)
+        end, taken = _newton(dual, scale, v, target, most, trials)
+        v = end.v
         sweeps += done
         steps += taken
-    return v, torch.full_like(steps, sweeps), steps, solved
+    return end, torch.full_like(steps, sweeps), steps
 
 
-class _Problem(NamedTuple):
-    kernel: Tensor  # -eta cost, (B, n, m) with n >= m
-    a: Tensor  # (B, n)
-    b: Tensor  # (B, m)
-    plan: Tensor  # (B, n, m), overwritten by _rows
-    sparsity: Sparsity
-    nnz_per_row: int
-
-    def subset(self, chosen: Tensor) -> "_Problem":
-        kernel = self.kernel[chosen]
-        return self._replace(kernel=kernel, a=self.a[chosen], b=self.b[chosen], plan=torch.empty_like(kernel))
-
-
-def _rows(problem: _Problem, scale: float, v: Tensor) -> Tensor:
-    """Write the plan of ``v`` whose row sums are exact, and return the row potential ``u`` that makes it."""
-    plan = torch.add(v[:, None, :], problem.kernel, alpha=scale, out=problem.plan)
-    top = plan.amax(-1, keepdim=True)
-    total = plan.sub_(top).clamp_(min=_lowest_exponent(plan.dtype)).exp_().sum(-1, keepdim=True)
-    plan.mul_(problem.a[..., None] / total)
-    return problem.a.log() - (top + total.log())[..., 0]
-
-
-def _sweep(problem: _Problem, scale: float, v: Tensor, count: int, tol: float) -> tuple[Tensor, int]:
-    """At most ``count`` Sinkhorn sweeps, until all column sums err by at most ``tol``; potentials and sweeps done.
-
-    Sweeps are scalings of a fixed plan while those are moderate; otherwise the plan is made anew in the log domain.
-    """
-    _, a, b, plan, *_ = problem
-    tiny = torch.finfo(v.dtype).tiny ** 0.6
-    limit = 30.0 if v.dtype == torch.float64 else 10.0
-    done = 0
-    while done < count:
-        u = _rows(problem, scale, v)
-        left, right = torch.ones_like(a), torch.ones_like(b)
-        for _ in range(min(count - done, 100)):
-            columns = _mv(plan.mT, left)
-            if float((right * columns - b).abs().sum(-1).max()) <= tol:
-                return v + right.log(), done
-            done += 1
-            if bool((columns < tiny).any()):  # a whole column underflows: only possible before the first scaling
-                v = b.log() - torch.logsumexp(u[..., None] + scale * problem.kernel, -2)
-                right = torch.ones_like(b)
-                break
-            right = b / columns
-            if float(right.log().abs().max()) > limit:
-                break
-            left = a / _mv(plan, right)
-        v = v + right.log()
-    return v, done
-
-
-def _newton(
-    problem: _Problem, scale: float, v: Tensor, tol: float, max_steps: int, trials: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _newton(dual: SemiDual, scale: float, v: Tensor, tol: float, max_steps: int, trials: int) -> tuple[Point, Tensor]:
     """Damped Newton ascent on the semi-dual ``max_u f(u, v)`` until the column sums err by at most ``tol``.
 
     The line search makes that many ``trials`` along a direction, then a new one with more damping is sought; with one
     trial, a problem whose full step fails is given up instead.
 
-    Returns the potentials ``(B, m)``, and of each problem the number of steps and whether it is solved.
+    Returns the end and the number of steps of each problem.
     """
-    _, a, b, plan, *_ = problem
-    steps = torch.zeros(len(b), dtype=torch.int64, device=b.device)
-    if max_steps == 0:
-        return v, steps, torch.zeros_like(steps, dtype=torch.bool)
-    damping = torch.full_like(b[:, :1], 0.3)
-
-    def evaluate(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        u = _rows(problem, scale, v)
-        columns = plan.sum(-2)
-        return (a * u).sum(-1) + (b * v).sum(-1), columns, (b - columns).abs().sum(-1)
-
-    objective, columns, error = evaluate(v)
+    at = dual.at(scale, v)
+    steps = torch.zeros(len(v), dtype=torch.int64, device=v.device)
+    damping = torch.full_like(v[:, :1], 0.3)
     for step in range(max_steps):
-        active = (error > tol) & (damping[:, 0] < 1e12)
+        active = (at.error > tol) & (damping[:, 0] < 1e12)
         count = int(active.sum())
         if count == 0:
             break
         if 2 * count <= len(v):
-            rest, more, solved_rest = _newton(problem.subset(active), scale, v[active], tol, max_steps - step, trials)
-            v, solved = v.clone(), error <= tol
-            v[active], solved[active] = rest, solved_rest
+            part = dual.subset(active)
+            rest, more = _newton(part, scale, at.v[active], tol, max_steps - step, trials)
+            dual.replace(active, part)
             steps[active] += more
-            return v, steps, solved
+            return at.replaced(active, rest), steps
         steps += active
-        gradient = torch.where(active[:, None], b - columns, 0.0)
-        direction = _direction(problem, columns, gradient, damping * error[:, None].clamp(max=1), error)
+        gradient = torch.where(active[:, None], dual.b - at.columns, 0.0)
+        direction = dual.direction(scale, at, gradient, damping * at.error[:, None].clamp(max=1))
         slope = (gradient * direction).sum(-1)
-        pending, alpha, new = active, 1.0, v
+        pending, alpha, new = active, 1.0, at
         for _ in range(trials):
-            trial = torch.where(pending[:, None], v + alpha * direction, new)
-            new_objective, new_columns, new_error = evaluate(trial)
-            gain = new_objective - objective
-            accepted = (gain >= 1e-4 * alpha * slope) | ((new_error < error) & (error < 1e-4))
-            accepted &= torch.isfinite(new_error) & pending
-            new = torch.where(accepted[:, None], trial, new)
-            good = accepted & ((gain >= 0.25 * slope) | (error < 1e-4)) & (alpha == 1.0)
+            new = dual.at(scale, torch.where(pending[:, None], at.v + alpha * direction, new.v))
+            gain = new.objective - at.objective
+            accepted = (gain >= 1e-4 * alpha * slope) | ((new.error < at.error) & (at.error < 1e-4))
+            accepted &= torch.isfinite(new.error) & pending
+            good = accepted & ((gain >= 0.25 * slope) | (at.error < 1e-4)) & (alpha == 1.0)
             damping = torch.where(good[:, None], damping / 4, damping)
             pending = pending & ~accepted
             if not bool(pending.any()):
@@ -499,73 +480,7 @@ def _newton(
             alpha /= 4
             raised = (4 * damping).clamp(min=math.inf if trials == 1 else 1e-3)
             damping = torch.where(pending[:, None], raised, damping)
-        v = new
-        objective, columns, error = evaluate(v) if bool(pending.any()) else (new_objective, new_columns, new_error)
-    return v, steps, error <= tol
-
-
-def _direction(problem: _Problem, columns: Tensor, gradient: Tensor, damping: Tensor, error: Tensor) -> Tensor:
-    """Newton's direction in the column potentials, with a Hessian that is as sparse as asked."""
-    _, a, b, plan, sparsity, nnz_per_row = problem
-    size, (n, m) = len(b), plan.shape[-2:]
-    if sparsity == "adaptive" and m > _DENSE_SIZE:
-        # dropping entries below it drops at most this share of the mass
-        threshold = 0.1 * error.clamp(max=0.1) / (n * m)
-    elif sparsity == "topk" and nnz_per_row * max(n, m) < n * m:
-        threshold = plan.flatten(1).topk(nnz_per_row * max(n, m), sorted=False).values.amin(-1)
-    else:
-        return _dense_direction(plan, a, columns, gradient, damping)
-    kept = plan >= threshold[:, None, None]
-    if sparsity == "adaptive" and 4 * int(kept.sum()) > kept.numel():
-        return _dense_direction(plan, a, columns, gradient, damping)
-
-    # S / sqrt(a) and its transpose, problems of the batch along the diagonal
-    problem_index, row, column = kept.nonzero(as_tuple=True)
-    values = plan[kept] / a[problem_index, row].sqrt()
-    matrix = _csr(problem_index * n + row, problem_index * m + column, values, size * n, size * m)
-    order = (problem_index * m + column).argsort(stable=True)
-    transposed = _csr(
-        (problem_index * m + column)[order], (problem_index * n + row)[order], values[order], size * m, size * n
-    )
-    diagonal = columns + (damping + 8 * torch.finfo(b.dtype).eps) * b
-    squares = torch.zeros_like(b).index_put_((problem_index, column), values.square(), accumulate=True)
-    jacobi = 1 / (diagonal - squares).clamp(min=torch.finfo(b.dtype).eps * diagonal)
-
-    def schur(x: Tensor) -> Tensor:
-        return diagonal * x - (transposed @ (matrix @ x.flatten())).view_as(x)
-
-    tolerance = error.sqrt().clamp(max=0.1)[:, None]
-    return _conjugate_gradients(schur, gradient, jacobi, tolerance)
-
-
-def _dense_direction(plan: Tensor, a: Tensor, columns: Tensor, gradient: Tensor, damping: Tensor) -> Tensor:
-    return torch.cholesky_solve(gradient[..., None], _factorise(_schur(plan, a), columns, damping))[..., 0]
-
-
-def _csr(rows: Tensor, columns: Tensor, values: Tensor, height: int, width: int) -> Tensor:
-    """A CSR matrix of entries sorted by row."""
-    starts = torch.zeros(height + 1, dtype=torch.int64, device=rows.device)
-    starts[1:] = torch.bincount(rows, minlength=height).cumsum(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(starts, columns, values, (height, width), check_invariants=False)
-
-
-def _conjugate_gradients(matvec: Any, right: Tensor, jacobi: Tensor, tolerance: Tensor) -> Tensor:
-    """Batched preconditioned conjugate gradients from 0, each problem to its relative residual ``tolerance``."""
-    x, residual = torch.zeros_like(right), right
-    z = jacobi * residual
-    direction, rho = z, (residual * z).sum(-1, keepdim=True)
-    target = (tolerance.square() * rho).clamp(min=torch.finfo(right.dtype).tiny)
-    for step in range(_CG_STEPS):
-        if step % 8 == 0 and not bool((rho > target).any()):
-            break
-        image = matvec(direction)
-        curvature = (direction * image).sum(-1, keepdim=True)
-        alpha = torch.where((rho > target) & (curvature > 0), rho / curvature, 0.0)
-        x = x + alpha * direction
-        residual = residual - alpha * image
-        z = jacobi * residual
-        previous, rho = rho, torch.where(alpha > 0, (residual * z).sum(-1, keepdim=True), rho)
-        direction = z + torch.where(alpha > 0, rho / previous, 0.0) * direction
-    return x
+        else:
+            new = dual.at(scale, torch.where(pending[:, None], at.v, new.v))
+        at = new
+    return at, steps

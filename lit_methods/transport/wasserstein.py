@@ -3,58 +3,14 @@
 from typing import Any, Literal
 
 import torch
-import torch.distributed.nn.functional
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_methods.transport.point_clouds import point_cost, tiled_value
 from lit_methods.transport.sinkhorn_newton_sparse import SinkhornNewton, sinkhorn_newton
 
-__all__ = ["OTLoss", "SinkhornAssignment", "WassersteinDistance", "grid_points", "point_cost", "wasserstein_distance"]
-
-
-def point_cost(x: Tensor, y: Tensor, p: int = 2) -> Tensor:
-    """Euclidean distances to the power ``p`` between point sets.
-
-    Args:
-        x: ``(..., n, d)``.
-        y: ``(..., m, d)``, with the batch dimensions of ``x``.
-        p: 1 or 2.
-
-    Returns:
-        ``(..., n, m)``.
-
-    Raises:
-        ValueError: ``p`` or a shape out of range.
-    """
-    if p not in (1, 2):
-        raise ValueError(f"p must be 1 or 2, got {p}")
-    if x.ndim < 2 or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
-        raise ValueError(
-            f"x and y must have shapes (..., n, d) and (..., m, d), got {tuple(x.shape)}, {tuple(y.shape)}"
-        )
-    if p == 1:
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    center = y.detach().mean(-2, keepdim=True)  # small numbers cancel less
-    x, y = x - center, y - center
-    return x.square().sum(-1)[..., None] + y.square().sum(-1)[..., None, :] - 2 * x @ y.mT
-
-
-def grid_points(*sizes: int) -> Tensor:
-    """Coordinates of the cells of a histogram or of an image's pixels, in units of a cell: ``(cells, dimensions)``.
-
-    The order is that of ``image.flatten()``, so that ``wasserstein_distance(grid, grid, image.flatten() / total, ...)``
-    compares images, and ``point_cost(grid, grid)`` is their cost.
-
-    Args:
-        *sizes: number of cells along each dimension, >= 1.
-
-    Raises:
-        ValueError: a size out of range, or none.
-    """
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"sizes must be at least 1 each, got {sizes}")
-    axes = [torch.arange(size, dtype=torch.float32) for size in sizes]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)
+__all__ = ["OTLoss", "SinkhornAssignment", "WassersteinDistance", "wasserstein_distance"]
 
 
 def wasserstein_distance(
@@ -72,7 +28,7 @@ def wasserstein_distance(
     ``log(n m) / eta`` of the largest cost, usually by far less.
 
     Args:
-        x: ``(..., n, d)``; for histograms the :func:`grid_points`.
+        x: ``(..., n, d)``; for histograms the :func:`~lit_methods.transport.grid_points`.
         y: ``(..., m, d)``.
         a: weights of ``x``, ``(..., n)`` > 0, of sum 1; ``None``: uniform.
         b: weights of ``y``, ``(..., m)`` > 0, of sum 1; ``None``: uniform.
@@ -114,7 +70,10 @@ class OTLoss(nn.Module):
         reduction: of the batch: ``"mean"``, ``"sum"`` or ``"none"``.
         max_newton: Newton steps at most, >= 0.
         dtype: ``"float32"`` or ``"float64"`` to solve in; ``None``: that of the points (at least float32).
-        gather: join the points of all ranks to one problem, which each rank solves. All ranks must hold equally many.
+        gather: join the points of all ranks to one problem, of which each rank keeps the rows of its own ``x``. All
+            ranks must hold equally many points.
+        tiled: make the costs anew in tiles whenever they are needed, so that memory grows with the number of points and
+            not with its square; not with ``value="transport"``. For sets of many thousand points; takes longer.
 
     Raises:
         ValueError: an argument out of range.
@@ -130,6 +89,7 @@ class OTLoss(nn.Module):
         max_newton: int = 100,
         dtype: Literal["float32", "float64"] | None = None,
         gather: bool = False,
+        tiled: bool = False,
     ) -> None:
         super().__init__()
         if p not in (1, 2):
@@ -142,12 +102,15 @@ class OTLoss(nn.Module):
             raise ValueError(f"dtype must be 'float32', 'float64' or None, got {dtype!r}")
         if debias and value == "transport":
             raise ValueError("debias=True needs value='regularized', got value='transport'")
-        self.solver = SinkhornNewton(eta, max_newton=max_newton, dtype=None if dtype is None else getattr(torch, dtype))
+        if tiled and value == "transport":
+            raise ValueError("tiled=True needs value='regularized', got value='transport'")
+        solver_dtype = None if dtype is None else getattr(torch, dtype)
+        self.solver = SinkhornNewton(eta, max_newton=max_newton, dtype=solver_dtype, row_sharded=gather)
         self.p = p
         self.value = value
         self.debias = debias
         self.reduction = reduction
-        self.gather = gather
+        self.tiled = tiled
 
     def forward(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """The loss, a scalar, or one number per pair with ``reduction="none"``.
@@ -161,24 +124,40 @@ class OTLoss(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.solver.dtype or torch.promote_types(x.dtype, torch.float32)
             x, y = x.to(dtype), y.to(dtype)
-            if self.gather and torch.distributed.is_initialized():
-                x, y = _gather(x, -2), _gather(y, -2)
-                a, b = (w if w is None else _gather(w, -1) / torch.distributed.get_world_size() for w in (a, b))
-            if self.value == "transport":
-                losses = self.solver(point_cost(x, y, self.p), a, b).cost
-            else:
-                losses = self.solver.value(point_cost(x, y, self.p), a, b)
+            all_x, all_y, all_a, all_b = x, y, a, b
+            if self.solver.row_sharded and dist.is_initialized():
+                a, b = (w if w is None else w / dist.get_world_size() for w in (a, b))
+                all_x, all_y = _Gather.apply(x, -2), _Gather.apply(y, -2)
+                all_a, all_b = (w if w is None else _Gather.apply(w, -1) for w in (a, b))
+            losses = self._transport(x, all_y, a, all_b)
             if self.debias:
-                losses = losses - self.solver.value(point_cost(x, x, self.p), a, a) / 2
-                losses = losses - self.solver.value(point_cost(y, y, self.p), b, b) / 2
+                losses = losses - (self._transport(x, all_x, a, all_a) + self._transport(y, all_y, b, all_b)) / 2
         if self.reduction == "none":
             return losses
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
+    def _transport(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        if self.tiled:
+            return tiled_value(self.solver, x, y, a, b, self.p)
+        cost = point_cost(x, y, self.p)
+        return self.solver(cost, a, b).cost if self.value == "transport" else self.solver.value(cost, a, b)
 
-def _gather(x: Tensor, dim: int) -> Tensor:
-    """The tensors of all ranks joined along ``dim``, with gradients."""
-    return torch.cat(torch.distributed.nn.functional.all_gather(x), dim)
+
+class _Gather(torch.autograd.Function):
+    """The tensors of all ranks joined along ``dim``; gradients of the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size(), ctx.dim)[dist.get_rank()], None
 
 
 class SinkhornAssignment(nn.Module):

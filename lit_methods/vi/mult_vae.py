@@ -188,11 +188,12 @@ class _Autoencoder(LightningModule):
 
         Raises:
             ValueError: ``k`` or the history is out of range.
+            RuntimeError: ``num_items`` was left to the datamodule, and nothing has been fitted yet.
         """
+        batch = self._as_batch(history)
         assert self.num_items is not None
         if not 1 <= k <= self.num_items:
             raise ValueError(f"k must be in [1, {self.num_items}], got {k}")
-        batch = self._as_batch(history)
         if batch.items.device.type != "cpu":
             check_history(batch, self.num_items, self.likelihood)
         training = self.training
@@ -224,7 +225,8 @@ class _Autoencoder(LightningModule):
 
     def _as_batch(self, history: History) -> InteractionBatch:
         """The same history as sparse rows, checked where that is cheap: on the CPU."""
-        assert self.num_items is not None
+        if self.num_items is None:
+            raise RuntimeError("num_items is not known before fit has seen the datamodule: pass num_items=...")
         if isinstance(history, Tensor):
             history = _sparse(history, self.num_items)
         if history.items.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -429,8 +431,13 @@ def _sparse(history: Tensor, num_items: int) -> InteractionBatch:
     """The rows of a matrix, dense or ``sparse_csr``."""
     if history.ndim != 2 or history.shape[1] != num_items:
         raise ValueError(f"history must have shape (users, {num_items}), got {tuple(history.shape)}")
+    if history.layout not in (torch.strided, torch.sparse_csr):
+        raise ValueError(f"history must be dense or sparse_csr, got {history.layout}: convert it by to_sparse_csr()")
     if history.layout == torch.sparse_csr:
         offsets, items, values = history.crow_indices(), history.col_indices(), history.values()
+        kept = values != 0  # a stored zero is no interaction, as in a dense matrix
+        offsets = functional.pad(kept.cumsum(0), (1, 0))[offsets]
+        items, values = items[kept], values[kept]
     else:
         rows, items = history.nonzero(as_tuple=True)
         values = history[rows, items]
@@ -447,11 +454,13 @@ def check_history(batch: InteractionBatch, num_items: int, likelihood: Likelihoo
                 f"{name} must be in [0, {num_items - 1}] for num_items={num_items}, got {int(ids.min())} to "
                 f"{int(ids.max())}"
             )
-        if int(ends[0]) != 0 or int(ends[-1]) != len(ids) or bool((ends.diff() < 0).any()):
+        if len(ends) == 0 or int(ends[0]) != 0 or int(ends[-1]) != len(ids) or bool((ends.diff() < 0).any()):
             prefix = name.removesuffix("items")
             raise ValueError(
                 f"{prefix}offsets must rise from 0 to {len(ids)}, the number of {name}, got {ends.tolist()}"
             )
+    if len(batch.target_offsets) != len(offsets):
+        raise ValueError(f"target_offsets must be as many as offsets, {len(offsets)}, got {len(batch.target_offsets)}")
     if values is None:
         return
     if len(values) != len(items):

@@ -1,6 +1,6 @@
 """Mult-VAE beside EASE, RecBole's MultiVAE and cornac's VAECF: quality on MovieLens-100K, and the cost of a step.
 
-    PYTHONPATH=<a folder with recbole and cornac> python -m tests.benchmarks.bench_mult_vae [quality] [epoch] [step]
+    PYTHONPATH=<a folder with the peers> python -m tests.benchmarks.bench_mult_vae [quality] [wmf] [epoch] [step]
 
 Peers are trained on the same users and items and ranked by our metrics on the same held-out users. RecBole's and
 cornac's own splits hold out interactions of known users, so their models are driven directly: RecBole's ``MultiVAE``
@@ -13,12 +13,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -232,6 +234,37 @@ def quality() -> None:
     harness.save("mult_vae", "MovieLens-100K, 150 test users", rows, ("lightning", "recbole", "cornac"))
 
 
+def wmf() -> None:
+    """Weighted matrix factorisation, the paper's baseline, by implicit's ALS; its settings are chosen on validation."""
+    als = harness.peer("implicit.cpu.als")
+    if als is None:
+        return
+    data = movielens()
+    shape = (training_histories(data).num_users, data.num_items or 0)
+
+    def matrix(batch: InteractionBatch) -> sparse.csr_matrix:
+        ones = torch.ones(len(batch.items)).numpy()
+        return sparse.csr_matrix((ones, batch.items.numpy(), batch.offsets.numpy()), (batch.num_users, shape[1]))
+
+    def result(seed: int, factors: int, alpha: float, regularization: float) -> Result:
+        model = als.AlternatingLeastSquares(
+            factors=factors, alpha=alpha, regularization=regularization, random_state=seed, num_threads=1
+        )
+        model.fit(matrix(training_histories(data)), show_progress=False)
+
+        def scores(batch: InteractionBatch) -> Tensor:
+            users = model.recalculate_user(range(batch.num_users), matrix(batch))
+            return torch.from_numpy(users @ model.item_factors.T)
+
+        return evaluate(scores, data)
+
+    grid = list(product((16, 32, 64, 128), (1.0, 5.0, 20.0), (1.0, 10.0, 30.0, 100.0)))
+    best = max(grid, key=lambda settings: result(0, *settings)["val/ndcg@100"])
+    found = row("WMF, implicit", [result(seed, *best) for seed in SEEDS])
+    found |= dict(zip(("factors", "alpha", "regularization"), best, strict=True))
+    harness.save("mult_vae", "MovieLens-100K, 150 test users: WMF", [found], ("implicit",))
+
+
 def epoch(rounds: int = 10, epochs: int = 5) -> None:
     """Training epochs on MovieLens-100K, without evaluation; ours by the Trainer, peers in bare loops."""
     data = movielens()
@@ -404,5 +437,5 @@ def step(rounds: int = 10) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for section in sys.argv[1:] or ["quality", "epoch", "step"]:
-        {"quality": quality, "epoch": epoch, "step": step}[section]()
+    for section in sys.argv[1:] or ["quality", "wmf", "epoch", "step"]:
+        {"quality": quality, "wmf": wmf, "epoch": epoch, "step": step}[section]()

@@ -91,6 +91,7 @@ from lit_methods.optim import (
     OptimisticOMD,
     OptimisticOnlineNewton,
     PolarizedCBO,
+    ScaledGD,
 )
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork
@@ -384,6 +385,14 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
                 "tests/unit/optim/test_sso.py shows what stays."
             ),
         },
+    ),
+    "lit_methods.optim.ScaledGD": OptimizerCase(  # whole models; tests/unit/optim/test_scaled_gd.py has the factors
+        ScaledGD,
+        {"lr": 0.5, "damping": None},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"damping": -0.1}, "damping must be"),
+        ],
     ),
     "lit_methods.optim.ArmijoSGD": OptimizerCase(
         ArmijoSGD,
@@ -926,6 +935,7 @@ MODULES: dict[str, ModuleCase] = {
             (lambda: SymmetricSensing(6, 0), "factor_rank must be"),
             (lambda: SymmetricSensing(6, 3, ()), "init_scales must hold"),
             (lambda: SymmetricSensing(6, 3, (0.0,)), "init_scales must hold"),
+            (lambda: SymmetricSensing(6, 3, (0.1, 0.1)), "init_scales must differ"),
         ],
     ),
     "lit_methods.sensing.AsymmetricSensing": ModuleCase(
@@ -1013,6 +1023,7 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: FactorRebalancing(at_step=0), "at_step must be"),
             (lambda: FactorRebalancing(loss_fraction=1.0), "loss_fraction must be"),
             (lambda: FactorRebalancing(beta=0.0), "beta must be"),
+            (lambda: FactorRebalancing(beta=float("nan")), "beta must be"),
             (lambda: FactorRebalancing(rank=0), "rank must be"),
         ],
     ),
@@ -1494,6 +1505,18 @@ RECIPES: dict[str, RecipeCase] = {
     "sso/logistic": RecipeCase(_TINY),
     "sso/matrix_factorization": RecipeCase(_TINY),
     "sinkhorn_newton_sparse/registration": RecipeCase(_TINY),
+    "sinkhorn_newton_sparse/fashion_mnist": RecipeCase(
+        [
+            *_TINY,
+            "--data.data_dir=.",
+            "--data.val_size=8",
+            "--data.batch_size=8",
+            "--trainer.callbacks.assignment_size=20",
+            "--trainer.callbacks.image_size=6",
+            "--trainer.callbacks.eta=100",
+        ],
+        prepare=write_mnist,
+    ),
     "sinkhorn_newton_sparse/tables": RecipeCase(
         [
             *_TINY,

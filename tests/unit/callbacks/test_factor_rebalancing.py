@@ -51,7 +51,54 @@ def test_fires_by_the_loss(tmp_path):
     assert last < 0.01 * first or last > 0.8 * callback.losses[-51]
     copy = FactorRebalancing()
     copy.load_state_dict(callback.state_dict())
-    assert (copy.fired_at, copy.losses) == (callback.fired_at, callback.losses)
+    assert (copy.fired_at, copy.betas, copy.losses) == (callback.fired_at, callback.betas, callback.losses)
+    assert callback.betas == pytest.approx([0.5**0.5], rel=0.1)  # of a signal of 1
+
+
+def test_fires_between_steps_when_gradients_accumulate(tmp_path):
+    """A gradient that was begun in the old coordinates must not be finished in the new ones."""
+    fired = []
+
+    class Recorded(FactorRebalancing):
+        def _fire(self, trainer, pl_module):
+            fired.append(trainer.global_step)
+            super()._fire(trainer, pl_module)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if self.fired_at == trainer.global_step and len(fired) == 1:
+                fired.append(batch_idx)
+
+    torch.manual_seed(0)
+    callback = Recorded(loss_fraction=0.3)
+    fit(callback, AsymmetricSensing(10, 10, 4, (0.3,)), 200, tmp_path, accumulate_grad_batches=4)
+    step, batch_idx = fired
+    assert (batch_idx + 1) % 4 == 0
+    assert len(callback.losses) == min(step, 51)
+
+
+class Manual(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.left, self.right = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(3, 2))
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward((self.left @ self.right.T).square().sum())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_manual_optimization_needs_a_step(tmp_path):
+    callback = FactorRebalancing(at_step=3, beta=1.0)
+    fit(callback, Manual(), 4, tmp_path)
+    assert callback.fired_at == 3
+    with pytest.raises(ValueError, match="at_step=None decides by the loss"):
+        fit(FactorRebalancing(), Manual(), 4, tmp_path)
 
 
 class LowRank(nn.Module):

@@ -44,9 +44,9 @@ def rows_of(data: InteractionsDataModule) -> dict[str, list[tuple[Any, list[Any]
     return result
 
 
-def authors_split(events: list[tuple[int, int, int]], heldout: int, least: int) -> dict[str, list[Any]]:
+def authors_split(events: list[tuple[Any, Any, int]], heldout: int, least: int) -> dict[str, list[Any]]:
     """The protocol written out user by user, with the legacy generator's global functions."""
-    by_user: dict[int, list[int]] = defaultdict(list)
+    by_user: dict[Any, list[Any]] = defaultdict(list)
     for user, item, rating in events:
         if rating > 3.5:
             by_user[user].append(item)
@@ -249,6 +249,42 @@ def test_tables_of_ones_own(tmp_path) -> None:
     assert len(everything.user_ids) == 60
 
 
+@pytest.mark.parametrize(("user", "item"), [("{}", "m{}"), ("u{}", "{}"), ("{}", "{}")])
+def test_user_ids_that_are_numbers_are_ordered_as_numbers_whatever_items_are(user, item, tmp_path) -> None:
+    """The split permutes users in ascending order: 2 before 10, but "u10" before "u2"."""
+    events = synthetic(users=80, items=40)
+    path = tmp_path / "t.csv"
+    named = [(user.format(u), item.format(i), r) for u, i, r in events]
+    path.write_text(ratings_csv(named, "user_id,item_id,rating,timestamp"))
+    data = ready(InteractionsDataModule(str(path), **SMALL))
+    typed: list[Any] = [(int(u) if u.isdigit() else u, int(i) if i.isdigit() else i, r) for u, i, r in named]
+    expected = authors_split(typed, heldout=8, least=10)
+    assert data.item_ids.tolist() == expected.pop("items")
+    assert rows_of(data) == expected
+
+
+def test_tables_in_memory(tmp_path) -> None:
+    users, items, ratings = (list(column) for column in zip(*synthetic(), strict=True))
+    path = tmp_path / "t.csv"
+    path.write_text(ratings_csv(synthetic(), "user_id,item_id,rating,timestamp"))
+    expected = rows_of(ready(InteractionsDataModule(path, **SMALL)))
+    table = {"user_id": np.array(users), "item_id": items, "rating": np.array(ratings)}
+    assert rows_of(ready(InteractionsDataModule(table, **SMALL))) == expected
+    text = table | {"item_id": np.array([f"m{i}" for i in items], object)}
+    named = {
+        stage: [(u, [f"m{i}" for i in h], [f"m{i}" for i in t]) for u, h, t in rows] for stage, rows in expected.items()
+    }
+    assert rows_of(ready(InteractionsDataModule(text, **SMALL))) == named
+    everything = ready(InteractionsDataModule(table, rating_column=None, min_rating=None, **SMALL))
+    assert len(everything.user_ids) == 60
+    with pytest.raises(ValueError, match="interactions has no column 'who'"):
+        InteractionsDataModule(table, user_column="who").setup("fit")
+    with pytest.raises(ValueError, match="must be equally long"):
+        InteractionsDataModule(table | {"item_id": items[1:]}).setup("fit")
+    with pytest.raises(ValueError, match="cache_dir='x': must be None for interactions in memory"):
+        InteractionsDataModule(table, cache_dir="x").prepare_data()
+
+
 def test_repeated_pairs_count_once_or_add_up(tmp_path) -> None:
     path = tmp_path / "t.csv"
     events = [event for event in synthetic() for _ in range(2)]
@@ -275,7 +311,7 @@ def test_sparse_matrices(tmp_path) -> None:
     expected = authors_split(by_row, heldout=8, least=10)
     assert in_memory.item_ids.tolist() == expected.pop("items")
     assert rows_of(in_memory) == expected
-    with pytest.raises(ValueError, match="cache_dir='x': must be None for a matrix in memory"):
+    with pytest.raises(ValueError, match="cache_dir='x': must be None for interactions in memory"):
         InteractionsDataModule(matrix, cache_dir="x").prepare_data()
 
 
@@ -320,7 +356,7 @@ def test_bad_files(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"t\.csv, after line 1: "):
         InteractionsDataModule(str(path)).setup("fit")
     path.write_text("user_id,item_id,rating\n")
-    with pytest.raises(ValueError, match="num_heldout_users=3: must be < 0: the filters leave 0 users"):
+    with pytest.raises(ValueError, match="No user is left: of 0 interactions with at least min_rating, none passes"):
         InteractionsDataModule(str(path), num_heldout_users=3).setup("fit")
     with pytest.raises(FileNotFoundError, match="pass interactions=<path of your table"):
         InteractionsDataModule(str(tmp_path / "none.csv")).setup("fit")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lit_methods.batches import EntriesBatch, SensingBatch
+from lit_methods.batches import EntriesBatch, RankOneBatch, SensingBatch
 from lit_methods.datamodules import SensingDataModule
 
 
@@ -41,7 +41,9 @@ def test_noise_has_its_standard_deviation():
     assert float((noisy.train_data.values - clean.train_data.values).std()) == pytest.approx(0.5, rel=0.05)
 
 
-@pytest.mark.parametrize(("measurements", "kind"), [("gaussian", SensingBatch), ("entries", EntriesBatch)])
+@pytest.mark.parametrize(
+    ("measurements", "kind"), [("gaussian", SensingBatch), ("rank_one", RankOneBatch), ("entries", EntriesBatch)]
+)
 def test_full_batches_are_shared_out_and_repeated(measurements, kind):
     parts = []
     for rank in (0, 1):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lit_methods.batches import EntriesBatch, MatrixBatch, SensingBatch
+from lit_methods.batches import EntriesBatch, MatrixBatch, RankOneBatch, SensingBatch
 from lit_methods.datamodules import SensingDataModule
 from lit_methods.sensing import AsymmetricSensing, SymmetricSensing, rebalance_factors_
 
@@ -39,7 +39,7 @@ def test_symmetric_gradient_is_the_papers(dense):
     a = (a + a.mT) / 2
     m = low_rank(6, 2)
     x = random(2, 6, 4, seed=1)
-    module = SymmetricSensing(6, 4, (1.0, 1.0)).double()
+    module = SymmetricSensing(6, 4, (1.0, 0.5)).double()
     module.factor.data.copy_(x)
     batch = SensingBatch(a, (a * m).sum((1, 2))) if dense else all_entries(m)
     module.training_step(batch, 0).backward()
@@ -75,6 +75,40 @@ def test_measurements_are_isotropic_and_batches_of_both_kinds_agree():
     dense = SensingBatch(48**0.5 * torch.eye(48, dtype=torch.float64).reshape(48, 8, 6)[index], entries.values)
     torch.testing.assert_close(entries.measure(f, g), dense.measure(f, g))
     torch.testing.assert_close(entries.measure(f, g).square().mean(-1), (f @ g.mT).square().sum((-2, -1)))
+
+
+def test_rank_one_measurements_are_those_of_their_matrices_and_isotropic():
+    data = SensingDataModule(8, 6, 2, 20000, "rank_one", symmetric=False, dtype="float64")
+    data.setup("fit")
+    a, b, values = data.train_data
+    (matrix,) = data.val_data.matrix
+    assert float(values.square().mean() / matrix.square().sum()) == pytest.approx(1, abs=0.05)
+    dense = SensingBatch(a[:50, :, None] * b[:50, None], values[:50])
+    torch.testing.assert_close((dense.matrices * matrix).sum((1, 2)), values[:50])
+    f, g = random(3, 8, 4), random(3, 6, 4, seed=1)
+    torch.testing.assert_close(RankOneBatch(a[:50], b[:50], values[:50]).measure(f, g), dense.measure(f, g))
+
+
+@pytest.mark.parametrize("measurements", ["gaussian", "rank_one", "entries"])
+def test_the_adjoint_is_autograds(measurements):
+    """<A(F G^T), v> = <F G^T, A*(v)> with A* from the gradient at any other point, A being linear."""
+    data = SensingDataModule(8, 6, 2, 40, measurements, symmetric=False, dtype="float64")
+    data.setup("fit")
+    v, eye = random(40, seed=3), torch.eye(6, dtype=torch.float64)
+    m = random(8, 6, seed=4).requires_grad_()
+    (adjoint,) = torch.autograd.grad(data.train_data.measure(m, eye) @ v, m)
+    f, g = random(8, 3), random(6, 3, seed=1)
+    torch.testing.assert_close(data.train_data.measure(f, g) @ v, (f @ g.T * adjoint).sum())
+
+
+@pytest.mark.parametrize("measurements", ["gaussian", "rank_one", "entries"])
+def test_recovers_from_fewer_measurements_than_entries(measurements):
+    data = SensingDataModule(20, 15, 1, 250, measurements, symmetric=False, dtype="float64")
+    data.setup("fit")
+    torch.manual_seed(0)
+    module = AsymmetricSensing(20, 15, 1, (0.5,)).double()
+    descend(module, data.train_data, 1500, lr=0.1)
+    assert float((module() - data.val_data.matrix).detach().square().sum()) < 1e-8
 
 
 def test_superfluous_eigenvalues_decay_like_one_over_t():
@@ -145,6 +179,27 @@ def test_evaluation_logs_errors_of_every_run(tmp_path):
     f, g = module.left[0], module.right[0]
     assert float(logged["val/imbalance/0.5"]) == pytest.approx(float((f.T @ f - g.T @ g).norm()), rel=1e-4)
     torch.testing.assert_close(trainer.predict(module, data)[0], module().detach())
+
+
+def fit(module, data, folder):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    Trainer(max_epochs=1, default_root_dir=folder, use_distributed_sampler=False, **quiet).fit(module, data)
+
+
+def test_a_problem_that_the_factors_cannot_solve_is_refused(tmp_path):
+    """Before anything is trained: in the Trainer's sanity check."""
+    asymmetric = SensingDataModule(6, rank=2, symmetric=False, num_measurements=40)
+    with pytest.raises(ValueError, match="matrix is not symmetric and cannot be X X"):
+        fit(SymmetricSensing(6, 3), asymmetric, tmp_path)
+    for size, measurements in ((7, "gaussian"), (8, "entries")):
+        data = SensingDataModule(6, rank=2, measurements=measurements, num_measurements=36)
+        with pytest.raises(
+            ValueError, match=rf"The data's matrix is \(6, 6\), but the factors make one of \({size}, 6"
+        ):
+            fit(AsymmetricSensing(size, 6, 3), data, tmp_path)
+    batch = SensingBatch(torch.ones(2, 6, 5), torch.ones(2))
+    with pytest.raises(ValueError, match=r"matrices must be \(batch, 5, 6\) to measure left right\^T, got \(2, 6, 5\)"):
+        batch.measure(torch.ones(5, 3), torch.ones(6, 3))  # as many entries, which would go unnoticed
 
 
 def test_initial_scales():

@@ -8,8 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
-import lit_methods.transport.sinkhorn_newton_sparse as implementation
-from lit_methods.transport import OTResult, SinkhornNewton, sinkhorn_newton
+from lit_methods.transport import OTResult, SinkhornNewton, semi_dual, sinkhorn_newton
 
 F64 = torch.float64
 
@@ -55,7 +54,7 @@ def pixels(p: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("sparsity", ["adaptive", "topk", "dense"])
 @pytest.mark.parametrize(("n", "m"), [(7, 7), (5, 9), (9, 5)])
 def test_equals_a_long_sinkhorn_run(sparsity, n, m, monkeypatch):
-    monkeypatch.setattr(implementation, "_DENSE_SIZE", 0)
+    monkeypatch.setattr(semi_dual, "_DENSE_WORK", 0)
     cost, a, b = random_problem(n, m, (3,))
     for eta in (10.0, 50.0):
         result = sinkhorn_newton(cost, a, b, eta=eta, sparsity=sparsity, nnz_per_row=4)
@@ -142,9 +141,9 @@ def test_almost_a_permutation():
 
 
 @pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("dense_size", [0, 512])
-def test_images(p, dense_size, monkeypatch):
-    monkeypatch.setattr(implementation, "_DENSE_SIZE", dense_size)
+@pytest.mark.parametrize("dense_work", [0, 2**30])
+def test_images(p, dense_work, monkeypatch):
+    monkeypatch.setattr(semi_dual, "_DENSE_WORK", dense_work)
     cost, a, b = pixels(p)
     result = sinkhorn_newton(cost, a, b, eta=1200.0)
     assert result.converged
@@ -178,6 +177,29 @@ def test_a_single_row_or_column(shape):
     torch.testing.assert_close(result.plan, a[:, None] * b, atol=1e-12, rtol=0)
     (gradient,) = torch.autograd.grad(result.cost, cost)
     torch.testing.assert_close(gradient, result.plan, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("dense_work", [0, 2**30])
+def test_memory_layout_does_not_matter(dense_work, monkeypatch):
+    monkeypatch.setattr(semi_dual, "_DENSE_WORK", dense_work)
+    cost, a, b = random_problem(9, 9, (2,))
+    other_layout = cost.mT.contiguous().mT
+    assert torch.equal(sinkhorn_newton(other_layout, a, b, eta=100.0).plan, sinkhorn_newton(cost, a, b, eta=100.0).plan)
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_warm_start(shape):
+    """From the solution of a nearby problem: fewer steps, the same solution."""
+    cost, a, b = random_problem(*shape, (2,))
+    solve = SinkhornNewton(100.0, warmup=2)
+    start = solve(1.001 * cost, a, b).g
+    cold, warm = solve(cost, a, b), solve(cost, a, b, start)
+    torch.testing.assert_close(warm.plan, cold.plan, atol=1e-9, rtol=0)
+    assert warm.converged.all()
+    assert (warm.n_newton < cold.n_newton).all()
+    again = sinkhorn_newton(cost, a, b, eta=100.0, warmstart=cold.g)
+    assert not again.n_newton.any()
+    assert not again.n_sinkhorn.any()
 
 
 def test_weights_broadcast_over_the_batch():
@@ -369,15 +391,21 @@ def test_bad_problems(problem, message):
         sinkhorn_newton(*problem, eta=10.0)
 
 
+@pytest.mark.parametrize("start", [torch.zeros(2), torch.full((3,), math.nan)])
+def test_bad_warm_start(start):
+    with pytest.raises(ValueError, match="warmstart must be finite and have shape"):
+        sinkhorn_newton(torch.zeros(2, 3), eta=1.0, warmstart=start)
+
+
 def test_settings_are_in_the_repr():
     assert "eta=50" in repr(SinkhornNewton(reg=0.02))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("dense_size", [0, 512])
-def test_cuda_agrees_with_the_cpu(dense_size, monkeypatch):
-    monkeypatch.setattr(implementation, "_DENSE_SIZE", dense_size)
+@pytest.mark.parametrize("dense_work", [0, 2**30])
+def test_cuda_agrees_with_the_cpu(dense_work, monkeypatch):
+    monkeypatch.setattr(semi_dual, "_DENSE_WORK", dense_work)
     cost, a, b = random_problem(60, 50, (3,))
     on_cpu = sinkhorn_newton(cost, a, b, eta=300.0)
     on_gpu = sinkhorn_newton(cost.cuda(), a.cuda(), b.cuda(), eta=300.0)

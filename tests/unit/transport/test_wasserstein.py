@@ -24,20 +24,6 @@ def points(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("p", [1, 2])
-def test_point_cost(p):
-    x, y = 100 + points(2, 5, 3), 100 + points(2, 4, 3, seed=1)
-    expected = (x[:, :, None] - y[:, None]).norm(dim=-1) ** p
-    torch.testing.assert_close(point_cost(x, y, p), expected, atol=1e-12, rtol=1e-12)
-
-
-def test_grid_points_follow_flatten():
-    grid = grid_points(2, 3)
-    image = torch.arange(6.0).view(2, 3)
-    assert grid.tolist() == [[i, j] for i in (0, 1) for j in (0, 1, 2)]
-    assert [float(image[int(i), int(j)]) for i, j in grid] == image.flatten().tolist()
-
-
 def test_distance_on_the_line_is_scipys():
     x, y = points(30, 1), points(20, 1, seed=1) + 1
     a, b = points(30, seed=2).softmax(0), points(20, seed=3).softmax(0)
@@ -189,14 +175,11 @@ def test_two_ranks_reduce_the_metric_average_gradients_and_join_points():
         (lambda: OTLoss(reduction="max"), "reduction must be"),
         (lambda: OTLoss(dtype="float16"), "dtype must be"),
         (lambda: OTLoss(debias=True, value="transport"), "debias=True needs"),
+        (lambda: OTLoss(tiled=True, value="transport"), "tiled=True needs"),
         (lambda: SinkhornAssignment(eta=0.0), "eta must be"),
         (lambda: SinkhornAssignment()(torch.zeros(2, 3)), "scores must have shape"),
         (lambda: WassersteinDistance(p=0), "p must be 1 or 2"),
         (lambda: WassersteinDistance(eta=0.0), "eta must be"),
-        (lambda: point_cost(torch.zeros(2, 2), torch.zeros(2, 3)), "x and y must have shapes"),
-        (lambda: point_cost(torch.zeros(2, 2), torch.zeros(2, 2), 3), "p must be 1 or 2"),
-        (lambda: grid_points(), "sizes must be"),
-        (lambda: grid_points(3, 0), "sizes must be"),
         (lambda: wasserstein_distance(torch.zeros(2, 2), torch.zeros(2, 2), eta=0.0), "eta must be"),
     ],
 )

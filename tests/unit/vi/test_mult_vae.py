@@ -249,7 +249,9 @@ def test_recommend(counts) -> None:
         ({"offsets": torch.tensor([0, 3, 2])}, "offsets must rise from 0 to 2, the number of items"),
         ({"offsets": torch.tensor([0, 1, 1])}, "offsets must rise"),
         ({"offsets": torch.tensor([1, 1, 2])}, "offsets must rise"),
+        ({"offsets": torch.tensor([], dtype=torch.int64)}, "offsets must rise"),
         ({"target_offsets": torch.tensor([0, 0, 1])}, "target_offsets must rise"),
+        ({"target_offsets": torch.tensor([0, 0])}, "target_offsets must be as many as offsets, 3, got 2"),
         ({"values": torch.tensor([1.0, -1.0])}, r"values must be in \[0, inf\] .*likelihood='multinomial', got -1"),
         ({"values": torch.tensor([1.0, math.nan])}, "values must be in"),
         ({"values": torch.tensor([1.0])}, "values must be as many as items"),
@@ -263,7 +265,20 @@ def test_bad_histories(change, message) -> None:
             use(batch._replace(**change))
 
 
+def test_stored_zeros_are_no_interactions(counts) -> None:
+    full = torch.ones_like(counts).to_sparse_csr()
+    stored = torch.sparse_csr_tensor(full.crow_indices(), full.col_indices(), counts.flatten(), size=counts.shape)
+    model = vae().eval()
+    torch.testing.assert_close(model(stored), model(counts))
+    for ours, dense in zip(model.recommend(stored, k=5), model.recommend(counts, k=5), strict=True):
+        torch.testing.assert_close(ours, dense)
+
+
 def test_other_bad_histories() -> None:
+    with pytest.raises(RuntimeError, match="num_items is not known before fit"):
+        MultVAE().recommend(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"history must be dense or sparse_csr, got torch.sparse_coo"):
+        vae()(torch.zeros(2, ITEMS).to_sparse())
     with pytest.raises(ValueError, match=r"history must have shape \(users, 12\), got \(2, 3\)"):
         vae()(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"values must be in \[0, 1\].*'logistic', got 1.0 to 2.0"):
