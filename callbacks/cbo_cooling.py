@@ -22,7 +22,7 @@ class CBOCooling(Callback):
 
     Args:
         every_n_epochs: >= 1.
-        alpha_factor: >= 1; 1.05 is CBXpy's (there for every step).
+        alpha_factor: >= 1. For a factor at every step there is the optimizer's own ``alpha_growth``.
         reduction: in [0, 1); the authors' is 0.2, 0 keeps all particles.
 
     Raises:
@@ -53,7 +53,7 @@ class CBOCooling(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the first spread."""
         if self.reduction and not self.spreads:
-            self.spreads = [_spread(optimizer) for optimizer in _swarms(trainer)]
+            self.spreads = [optimizer.spread() for optimizer in _swarms(trainer)]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cool."""
@@ -67,7 +67,7 @@ class CBOCooling(Callback):
                 group["alpha"] *= self.alpha_factor
             optimizer.defaults["alpha"] = optimizer.param_groups[0]["alpha"]
             if self.reduction:
-                before, self.spreads[i] = self.spreads[i], _spread(optimizer)
+                before, self.spreads[i] = self.spreads[i], optimizer.spread()
                 growth = (self.spreads[i] - before) / before if before > 0 else 0.0
                 share = min(max(1 + self.reduction * growth, 1 - self.reduction), 1.0)
                 batch = optimizer.param_groups[0]["particle_batch_size"] or 1
@@ -76,7 +76,3 @@ class CBOCooling(Callback):
 
 def _swarms(trainer: Trainer) -> list[CBO]:
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, CBO)]
-
-
-def _spread(optimizer: CBO) -> float:
-    return float(optimizer.variance().norm())

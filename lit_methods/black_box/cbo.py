@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lit_methods.batches import SupervisedBatch
-from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from lit_methods.optim import CBO, particle_losses
+from lit_methods.optim.particles import ParticleOptimizer
 from lit_methods.supervised import SupervisedModule
 
 __all__ = ["CBOModule"]
@@ -31,7 +32,7 @@ class CBOModule(SupervisedModule):
         num_classes: number of classes (at least 2); ``None`` means regression.
         loss: maps (outputs, ``y``) to a scalar; default cross-entropy or mean squared error.
         metrics: name -> metric of (outputs, ``y``); default ``accuracy`` (micro) or ``mse``.
-        optimizer: builds a CBO or ConsensusHopping from the named trainable parameters.
+        optimizer: builds a CBO, one of its kin, or a ConsensusHopping from the named trainable parameters.
         lr_scheduler: builds a learning rate scheduler from the optimizer; stepped once an epoch.
         chunk_size: particles evaluated at a time, to save memory; ``None`` for all.
 
@@ -83,7 +84,7 @@ class CBOModule(SupervisedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The injected optimizer over the named trainable parameters, with the injected schedule if there is one."""
         optimizer = self.optimizer((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
-        if not isinstance(optimizer, CBO | ConsensusHopping):
+        if not isinstance(optimizer, ParticleOptimizer):
             raise TypeError(
                 f"CBOModule needs a CBO or ConsensusHopping, got {type(optimizer).__name__}; optimizers that use "
                 "gradients go with SupervisedModule"

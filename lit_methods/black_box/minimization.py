@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.hyperparameters import live_arguments
-from lit_methods.optim import CBO, ConsensusHopping
+from lit_methods.optim.particles import ParticleOptimizer
 
 __all__ = ["LandscapeMinimization"]
 
@@ -20,10 +20,10 @@ __all__ = ["LandscapeMinimization"]
 class LandscapeMinimization(LightningModule):
     """Minimise one function by several optimizers, with ``num_runs`` independent runs of each (manual optimization).
 
-    An optimizer by loss values (:class:`~lit_methods.optim.CBO`, :class:`~lit_methods.optim.ConsensusHopping`) is built
-    once for each run, so leave its ``seed`` out; any other one is built once for all runs, which do not mix as long as
-    it treats parameters apart. One batch is one step of every method, or its number in ``inner_steps``. The Trainer
-    counts batches.
+    Each optimizer is built once for all runs. One by loss values (:class:`~lit_methods.optim.CBO`,
+    :class:`~lit_methods.optim.ConsensusHopping` and their kin) gets this module's ``num_runs`` in place of its own; any
+    other one has a parameter for each run, which do not mix as long as it treats parameters apart. One batch is one
+    step of every method, or its number in ``inner_steps``. The Trainer counts batches.
 
     Validation logs for each method: ``val/success/<method>``, the share of runs within ``tolerance`` (Euclidean) of the
     minimiser 0; ``val/distance/<method>``, the median distance; ``val/value/<method>``, the mean value.
@@ -70,7 +70,6 @@ class LandscapeMinimization(LightningModule):
         self.methods = methods
         self.inner_steps, self.steps_per_epoch, self.tolerance = inner_steps, steps_per_epoch, tolerance
         self.points = nn.ModuleList(nn.ParameterList(torch.tensor(start) for _ in range(num_runs)) for _ in methods)
-        self._owners: list[str] = []
 
     def forward(self, points: Tensor) -> Tensor:
         """Values ``(...)`` at points ``(..., d)``."""
@@ -97,10 +96,14 @@ class LandscapeMinimization(LightningModule):
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         counted: Any = self.optimizers()
         counted = counted[0] if isinstance(counted, list) else counted
-        for i, (name, optimizer) in enumerate(zip(self._owners, optimizers, strict=True)):
+        for i, (name, optimizer) in enumerate(zip(self.methods, optimizers, strict=True)):
             closure = self._closure(name, optimizer)
             for step in range(self.inner_steps.get(name, 1)):
                 (counted if i == step == 0 else optimizer).step(closure)
+            if isinstance(optimizer, ParticleOptimizer):
+                (found,) = optimizer.consensus_of_runs().values()
+                with torch.no_grad():
+                    torch._foreach_copy_(self._points(name), list(found))
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log success, distance and value of each method."""
@@ -115,24 +118,24 @@ class LandscapeMinimization(LightningModule):
         return self.positions()
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """For each method one optimizer, or one for each run."""
-        self._owners, optimizers = [], []
+        """One optimizer for each method."""
+        optimizers = []
         for name, build in self.methods.items():
             points = self._points(name)
-            found = [build([point]) for point in points[:1]]
-            if isinstance(found[0], CBO | ConsensusHopping):
-                found += [build([point]) for point in points[1:]]
+            optimizer = build(points[:1])
+            if isinstance(optimizer, ParticleOptimizer):
+                for group in optimizer.param_groups:
+                    group["num_runs"] = len(points)
             else:
-                found = [build(points)]
-            optimizers += found
-            self._owners += [name] * len(found)
+                optimizer = build(points)
+            optimizers.append(optimizer)
         return optimizers
 
     def _points(self, name: str) -> list[Tensor]:
         return list(self.points[list(self.methods).index(name)].parameters())
 
     def _closure(self, name: str, optimizer: Optimizer) -> Callable[[], Any]:
-        if isinstance(optimizer, CBO | ConsensusHopping):
+        if isinstance(optimizer, ParticleOptimizer):
             return lambda: self._losses
         points = self._points(name)
 

@@ -7,6 +7,7 @@ from lit_methods._lazy import lazy_exports
 if TYPE_CHECKING:
     from lit_methods.optim.armijo_sgd import ArmijoSGD
     from lit_methods.optim.cbo import CBO, ConsensusHopping, particle_losses
+    from lit_methods.optim.cbo_variants import AdamCBO, ConsensusBasedSampling, MemoryCBO, PolarizedCBO
     from lit_methods.optim.constraints import Ball, Box, L1Ball, Simplex
     from lit_methods.optim.extragradient import ExtraAdam, ExtraGradient
     from lit_methods.optim.fisher_inverse import FisherInverse, collect_gradients
@@ -35,9 +36,11 @@ __all__ = [
     "MDPO",
     "MFAC",
     "SSO",
+    "AdamCBO",
     "ArmijoSGD",
     "Ball",
     "Box",
+    "ConsensusBasedSampling",
     "ConsensusHopping",
     "DiagonalAdaGrad",
     "Entropy",
@@ -49,6 +52,7 @@ __all__ = [
     "ImplicitOMD",
     "L1Ball",
     "MDPOStepSize",
+    "MemoryCBO",
     "OptimisticAdam",
     "OptimisticEnsemble",
     "OptimisticFTL",
@@ -57,6 +61,7 @@ __all__ = [
     "OptimisticOnlineNewton",
     "PNorm",
     "PiecewiseConstantLR",
+    "PolarizedCBO",
     "ScaledGD",
     "Simplex",
     "UnnormalizedEntropy",
@@ -67,10 +72,12 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "AdamCBO": "cbo_variants",
         "ArmijoSGD": "armijo_sgd",
         "Ball": "constraints",
         "Box": "constraints",
         "CBO": "cbo",
+        "ConsensusBasedSampling": "cbo_variants",
         "ConsensusHopping": "cbo",
         "DiagonalAdaGrad": "mirror_maps",
         "Entropy": "mirror_maps",
@@ -84,6 +91,7 @@ __getattr__, __dir__ = lazy_exports(
         "MDPO": "mdpo",
         "MDPOStepSize": "mdpo",
         "MFAC": "mfac",
+        "MemoryCBO": "cbo_variants",
         "OptimisticAdam": "optimistic_adam",
         "OptimisticEnsemble": "optimistic_ensemble",
         "OptimisticFTL": "optimistic_ftrl",
@@ -92,6 +100,7 @@ __getattr__, __dir__ = lazy_exports(
         "OptimisticOnlineNewton": "optimistic_newton",
         "PNorm": "mirror_maps",
         "PiecewiseConstantLR": "schedules",
+        "PolarizedCBO": "cbo_variants",
         "SSO": "sso",
         "ScaledGD": "scaled_gd",
         "Simplex": "constraints",

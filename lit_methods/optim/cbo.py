@@ -17,7 +17,8 @@ A normal variable times :math:`|v - m|` has the law of one times :math:`v - m`. 
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.optim.optimizer import ParamsT
 
+from lit_methods.optim.flat_parameters import is_dtensor
 from lit_methods.optim.particles import Evaluate, Losses, ParticleOptimizer, Particles
 
 __all__ = ["CBO", "ConsensusHopping", "particle_losses"]
@@ -52,7 +54,18 @@ class CBO(ParticleOptimizer):
     Several processes: ``shard="data"`` keeps the same particles on all ranks and averages the losses, one number for
     each particle, of each rank's own data. ``shard="particles"`` splits the particles; all ranks must then see the same
     data (:class:`~lit_methods.black_box.CBOModule` gathers it). They exchange the losses and d numbers for each
-    consensus point, which is identical on all ranks. FSDP and DTensor parameters are not supported.
+    consensus point, which is identical on all ranks.
+
+    DTensor parameters (FSDP2, all of them sharded over all ranks): a rank holds its columns of all particles, so that
+    their memory is shared out too; only losses, and with isotropic noise one norm for each particle, are exchanged. The
+    closure is the one of other optimizers, and every particle costs an all-gather of the parameters. Its loss must run
+    backward, as Lightning's automatic optimization does, or the module be sharded with
+    ``reshard_after_forward=True``: else FSDP2 keeps what it gathered for the particle before. Needs ``shard="data"``
+    and no ``gradient_drift``.
+
+    Several runs: ``num_runs`` swarms that know nothing of each other, in one array. The closure gets the particles of
+    all as ``num_runs * n`` rows. The parameters become the consensus point of the run with the lowest loss in the step;
+    :meth:`consensus_of_runs` and :meth:`best_losses` tell of all.
 
     Args:
         params: parameters, named parameters (needed by :func:`particle_losses`), groups, or a module. Parameters that
@@ -75,6 +88,9 @@ class CBO(ParticleOptimizer):
             as this share of the particles, in (0, 1). An extension known from CBXpy.
         gradient_drift: γ >= 0 of a further drift :math:`-\gamma \Delta t\, \nabla E`, at the place reached. By autograd
             where the losses allow it, else by central differences, which cost 2 d losses for each particle.
+        alpha_growth: ``alpha`` is multiplied by it after every step, > 0; 1.05 is CBXpy's schedule. To cool once in a
+            while, and sigma too, see :class:`~lit_methods.callbacks.CBOCooling`.
+        num_runs: independent swarms of ``num_particles`` each, >= 1.
         seed: of the optimizer's own generator; None takes one from the global generator.
         shard: see above.
         process_group: the ranks that work together, None for all.
@@ -98,7 +114,9 @@ class CBO(ParticleOptimizer):
         "init_around_current",
         "stall_tol",
         "gradient_drift",
+        "alpha_growth",
     )
+    _further: Mapping[str, Any] = MappingProxyType({})  # what a subclass adds to the defaults
 
     def __init__(
         self,
@@ -117,6 +135,8 @@ class CBO(ParticleOptimizer):
         stall_tol: float = 1e-5,
         effective_sample_size: float | None = None,
         gradient_drift: float = 0.0,
+        alpha_growth: float = 1.0,
+        num_runs: int = 1,
         seed: int | None = None,
         shard: Literal["data", "particles"] = "data",
         process_group: dist.ProcessGroup | None = None,
@@ -134,6 +154,7 @@ class CBO(ParticleOptimizer):
             "lambda_": lambda_,
             "sigma": sigma,
             "num_particles": num_particles,
+            "num_runs": num_runs,
             "alpha": alpha,
             "noise": noise,
             "particle_batch_size": particle_batch_size,
@@ -143,6 +164,8 @@ class CBO(ParticleOptimizer):
             "stall_tol": stall_tol,
             "effective_sample_size": effective_sample_size,
             "gradient_drift": gradient_drift,
+            "alpha_growth": alpha_growth,
+            **self._further,
         }
         super().__init__(params, defaults, seed, shard, process_group)
 
@@ -155,7 +178,8 @@ class CBO(ParticleOptimizer):
         if not tau > 0:
             raise ValueError(f"tau must be > 0, got {tau}")
         swarm = self._prepare()
-        return self._one((swarm["previous"] - swarm["consensus"]) / tau)
+        leader = swarm["leader"]
+        return self._layout.one((swarm["previous"][leader] - swarm["consensus"][leader]) / tau)
 
     def reduce_particles(self, num_particles: int) -> None:
         """Go on with fewer particles: the first ones, which are as good as any.
@@ -166,59 +190,68 @@ class CBO(ParticleOptimizer):
         if not 1 <= num_particles <= self.num_particles:
             raise ValueError(f"num_particles must be in [1, {self.num_particles}], got {num_particles}")
         swarm = self._prepare()
-        swarm["particles"] = swarm["particles"][: self._local(num_particles)].clone()
+        for key in (*self._by_particle, *self._losses_by_particle):
+            swarm[key] = swarm[key][:, : self._ranks.local(num_particles)].clone()
         batch = self.param_groups[0]["particle_batch_size"]
         self._set_shared("num_particles", num_particles)
         self._set_shared("particle_batch_size", None if batch is None else _divisor(num_particles, batch))
 
     def _advance(self, swarm: dict[str, Any], evaluate: Evaluate) -> None:
         shared, particles = self.param_groups[0], swarm["particles"]
-        size = self._local(shared["particle_batch_size"] or self.num_particles)
-        if size == len(particles):
-            self._move(particles, self._find_consensus(swarm, particles, evaluate(particles)), evaluate)
+        runs, number, dim = particles.shape
+        size = self._ranks.local(shared["particle_batch_size"] or self.num_particles)
+        if size == number:
+            losses = self._common_losses(evaluate(particles))
+            self._move(particles, self._find_consensus(swarm, particles, losses)[:, None], evaluate)
         else:
-            order = torch.randperm(len(particles), generator=self._generator, device=particles.device)
-            batch = self._buffer("batch", size, particles.shape[1])
-            for start in range(0, len(particles), size):
+            order = torch.randperm(number, generator=self._generator, device=particles.device)
+            if self._ranks.own_coordinates:
+                self._ranks.agree(order)
+            batch = self._buffer("batch", runs * size, dim).view(runs, size, dim)
+            for start in range(0, number, size):
                 rows = order[start : start + size]
-                torch.index_select(particles, 0, rows, out=batch)
-                last = start + size == len(particles)
-                point = self._find_consensus(swarm, batch, evaluate(batch), last)
+                torch.index_select(particles, 1, rows, out=batch)
+                losses = self._common_losses(evaluate(batch))
+                center = self._find_consensus(swarm, batch, losses, last=start + size == number)[:, None]
                 if shared["update"] == "full":
-                    self._move(particles, point, evaluate)
+                    self._move(particles, center, evaluate)
                 else:
-                    self._move(batch, point, evaluate)
-                    particles.index_copy_(0, rows, batch)
-        if self._change < shared["stall_tol"]:
-            self._shake(particles)
+                    self._move(batch, center, evaluate)
+                    particles.index_copy_(1, rows, batch)
+        stalled = [change < shared["stall_tol"] for change in self._changes]
+        if any(stalled):
+            self._shake(particles, stalled)
+        if shared["alpha_growth"] != 1:
+            self._set_shared("alpha", shared["alpha"] * shared["alpha_growth"])
 
-    def _move(self, points: Tensor, consensus: Tensor, evaluate: Evaluate) -> None:
-        """Drift and noise, in place, then the gradient's drift; a group with ``lr=0`` stays where it is."""
+    def _move(self, points: Tensor, center: Tensor, evaluate: Evaluate) -> None:
+        """Drift to ``center`` and noise, in place, then the gradient's drift; a group with ``lr=0`` stays as it is.
+
+        Args:
+            points: ``(runs, n, d)``.
+            center: ``(runs, 1, d)``, or ``(runs, n, d)`` for a consensus point of each particle's own.
+            evaluate: for the gradient.
+        """
         isotropic = self.param_groups[0]["noise"] == "isotropic"
-        distance = torch.linalg.vector_norm(points - consensus, dim=1, keepdim=True) if isotropic else None
-        for group, columns in self._columns():
+        distance = self._ranks.norm(points - center) if isotropic else None
+        for group, part, goal in self._layout.parts(points, center):
             drift, spread = 1 - group["lambda_"] * group["lr"], group["sigma"] * group["lr"] ** 0.5
-            part, center = points[:, columns], consensus[columns]
-            noise = self._buffer("noise", *part.shape)
             if distance is None:
-                self._fill_normal(noise, drift, spread)
-                torch.lerp(center, part, noise, out=part)
+                torch.lerp(goal, part, self._noise(part.shape, drift, spread), out=part)
             else:
-                self._fill_normal(noise, 0.0, spread)
-                torch.lerp(center, part, drift, out=part)
+                noise = self._noise(part.shape, 0.0, spread)
+                torch.lerp(goal, part, drift, out=part)
                 part.addcmul_(noise, distance)
         if self.param_groups[0]["gradient_drift"]:
-            gradient = self._mean_over_data(_gradient(points, evaluate))
-            for group, columns in self._columns():
-                points[:, columns].sub_(gradient[:, columns], alpha=group["gradient_drift"] * group["lr"])
+            gradient = self._ranks.mean_over_data(_gradient(points, evaluate))
+            for group, part, slope in self._layout.parts(points, gradient):
+                part.sub_(slope, alpha=group["gradient_drift"] * group["lr"])
 
-    def _shake(self, particles: Tensor) -> None:
-        """Restart a swarm whose consensus stands still."""
-        for group, columns in self._columns():
-            part = particles[:, columns]
-            noise = self._buffer("noise", *part.shape)
-            self._fill_normal(noise, 0.0, group["sigma"] * group["lr"] ** 0.5)
-            part.add_(noise)
+    def _shake(self, particles: Tensor, stalled: list[bool]) -> None:
+        """Restart the runs whose consensus stands still."""
+        chosen = torch.tensor(stalled, device=particles.device)[:, None, None]
+        for group, part in self._layout.parts(particles):
+            part.add_(self._noise(part.shape, 0.0, group["sigma"] * group["lr"] ** 0.5).mul_(chosen))
 
     def _initial(self, current: Tensor, rows: int) -> Tensor:
         shared = self.param_groups[0]
@@ -245,12 +278,14 @@ class CBO(ParticleOptimizer):
             raise ValueError(f"noise must be 'anisotropic' or 'isotropic', got {group['noise']!r}")
         if group["update"] not in ("full", "partial"):
             raise ValueError(f"update must be 'full' or 'partial', got {group['update']!r}")
-        for name in ("lambda_", "init_std"):
+        for name in ("lambda_", "init_std", "alpha_growth"):
             if not 0 < group[name] < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {group[name]}")
         for name in ("sigma", "stall_tol", "gradient_drift"):
             if not 0 <= group[name] < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {group[name]}")
+        if group["gradient_drift"] and any(is_dtensor(p) for p in group["params"]):
+            raise ValueError(f"gradient_drift must be 0 with DTensor parameters (FSDP2), got {group['gradient_drift']}")
 
 
 class ConsensusHopping(ParticleOptimizer):
@@ -271,6 +306,7 @@ class ConsensusHopping(ParticleOptimizer):
             "scheduled vanishing".
         width_decay_every: see ``width_decay``, >= 1.
         effective_sample_size: as in :class:`CBO`.
+        num_runs: as in :class:`CBO`.
         seed: as in :class:`CBO`.
         shard: as in :class:`CBO`.
         process_group: as in :class:`CBO`.
@@ -290,6 +326,7 @@ class ConsensusHopping(ParticleOptimizer):
         width_decay: float = 1.0,
         width_decay_every: int = 100,
         effective_sample_size: float | None = None,
+        num_runs: int = 1,
         seed: int | None = None,
         shard: Literal["data", "particles"] = "data",
         process_group: dist.ProcessGroup | None = None,
@@ -299,6 +336,7 @@ class ConsensusHopping(ParticleOptimizer):
         defaults = {
             "lr": lr,
             "num_particles": num_particles,
+            "num_runs": num_runs,
             "alpha": alpha,
             "width": width,
             "width_decay": width_decay,
@@ -310,23 +348,22 @@ class ConsensusHopping(ParticleOptimizer):
     def implicit_gradient(self) -> Particles:
         """Name -> what the last step says of the gradient: ``-(x_k - x_{k-1}) / (lr alpha s^2)``; 0 where it is 0."""
         swarm = self._prepare()
-        move = swarm["previous"] - swarm["consensus"]
-        for group, columns in self._columns():
+        move = swarm["previous"][swarm["leader"]] - swarm["consensus"][swarm["leader"]]
+        for group, part in self._layout.parts(move):
             length = group["lr"] * group["alpha"] * group["width"] ** 2
-            move[columns].mul_(1 / length if length else 0.0)
-        return self._one(move)
+            part.mul_(1 / length if length else 0.0)
+        return self._layout.one(move)
 
     def _advance(self, swarm: dict[str, Any], evaluate: Evaluate) -> None:
         steps = swarm["steps"] = swarm.get("steps", 0) + 1
         cloud, start = swarm["particles"], swarm["consensus"]
-        self._fill_normal(cloud, 0.0, 1.0)
-        for group, columns in self._columns():
-            cloud[:, columns].mul_(group["width"] if group["lr"] else 0.0)
-        cloud.add_(start)
-        point = self._find_consensus(swarm, cloud, evaluate(cloud))
-        swarm["consensus"] = torch.cat(
-            [torch.lerp(start[columns], point[columns], group["lr"]) for group, columns in self._columns()]
-        )
+        self._fill_normal(cloud.flatten(0, 1), 0.0, 1.0)
+        for group, part in self._layout.parts(cloud):
+            part.mul_(group["width"] if group["lr"] else 0.0)
+        cloud.add_(start[:, None])
+        point = self._find_consensus(swarm, cloud, self._common_losses(evaluate(cloud)))
+        moved = [torch.lerp(old, new, group["lr"]) for group, old, new in self._layout.parts(start, point)]
+        swarm["consensus"] = torch.cat(moved, 1)
         for group in self.param_groups:
             if steps % group["width_decay_every"] == 0:
                 group["width"] *= group["width_decay"]
@@ -402,20 +439,20 @@ def _running_statistics(module: nn.Module) -> Particles:
 
 
 def _gradient(points: Tensor, evaluate: Evaluate, step: float = 1e-3) -> Tensor:
-    """Gradients of the losses at ``points`` (n, d), 0 where they are not finite."""
+    """Gradients of the losses at ``points`` (runs, n, d), 0 where they are not finite."""
     leaf = points.detach().clone().requires_grad_()
     with torch.enable_grad():
         losses = evaluate(leaf)
         if losses.requires_grad:
             return torch.autograd.grad(losses.sum(), leaf)[0].nan_to_num_(0.0, 0.0, 0.0)
     gradient, moved = torch.empty_like(points), points.clone()
-    for j in range(points.shape[1]):
+    for j in range(points.shape[-1]):
         values = []
         for side in (step, -step):
-            moved[:, j] = points[:, j] + side
+            moved[..., j] = points[..., j] + side
             values.append(evaluate(moved))
-        moved[:, j] = points[:, j]
-        gradient[:, j] = (values[0] - values[1]) / (2 * step)
+        moved[..., j] = points[..., j]
+        gradient[..., j] = (values[0] - values[1]) / (2 * step)
     return gradient.nan_to_num_(0.0, 0.0, 0.0)
 
 

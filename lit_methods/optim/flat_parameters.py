@@ -98,7 +98,7 @@ class FlatLayout:
 
         share = None
         if any(is_dtensor(p) for p in params):
-            shares = [_shards(p) / dist.get_world_size(share_group) for p in params]
+            shares = [shards(p) / dist.get_world_size(share_group) for p in params]
             share = torch.tensor(shares, dtype=dtype).repeat_interleave(torch.tensor(sizes)).to(device)
             if len(set(shares)) == 1:
                 share = None if shares[0] == 1 else torch.full((1,), shares[0], dtype=dtype, device=device)
@@ -166,7 +166,7 @@ def _owner(params: Sequence[Any], items: Sequence[Any]) -> Any:
     return next((item for p, item in zip(params, items, strict=True) if p.requires_grad), items[0])
 
 
-def _shards(param: Any) -> int:
+def shards(param: Any) -> int:
     """Over how many ranks the parameter is split."""
     if not is_dtensor(param):
         return 1

@@ -1,6 +1,6 @@
 """Consensus-based optimization beside CBXpy, CMA-ES and evotorch: time of a step, success at equal evaluations.
 
-    python -m tests.benchmarks.bench_cbo [step | rastrigin | ackley | digits]
+    python -m tests.benchmarks.bench_cbo [step | kin | rastrigin | ackley | digits]
 
 One thread; times are CPU times of this process, contenders alternating.
 """
@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from lit_methods.optim import (
+    CBO,
+    AdamCBO,
+    ConsensusBasedSampling,
+    ConsensusHopping,
+    MemoryCBO,
+    PolarizedCBO,
+    particle_losses,
+)
 from tests.benchmarks import harness
 
 PACKAGES = ("cbx", "cma", "evotorch", "numpy")
@@ -47,7 +55,7 @@ def cpu_alternate(contenders: dict[str, Callable[[], object]], rounds: int, inne
 def ours(n: int, d: int, **arguments: Any) -> Callable[[], object]:
     x = nn.Parameter(torch.zeros(d))
     optimizer = CBO([("x", x)], num_particles=n, particle_batch_size=None, stall_tol=0.0, seed=0, **arguments)
-    return lambda: optimizer.step(lambda p: p["x"].square().sum(-1))
+    return lambda: optimizer.step(sum_of_squares)
 
 
 def cbx_step(n: int, d: int, runs: int = 1, backend: str = "numpy", noise: str = "anisotropic") -> Callable[[], object]:
@@ -75,15 +83,50 @@ def step() -> None:
             "floor: N d normal draws": draws.normal_,
         }
         if d < 1000:
+            contenders["ours, 10 runs in one array, each"] = ours(n, d, num_runs=10)
             contenders["cbx (numpy), 10 runs in one array, each"] = cbx_step(n, d, 10)
+            contenders["cbx (torch), 10 runs in one array, each"] = cbx_step(n, d, 10, backend="torch")
         seconds = cpu_alternate(contenders, rounds=15, inner=inner)
-        many = "cbx (numpy), 10 runs in one array, each"
-        if many in seconds:
-            seconds[many] = [t / 10 for t in seconds[many]]
+        for name in seconds:
+            if name.endswith("each"):
+                seconds[name] = [t / 10 for t in seconds[name]]
         rows = harness.ratios(seconds, "ours")
         for row in rows:
             row["steps per second"] = round(1e3 / row["median_ms"])
         harness.save("cbo", f"one step, N={n}, d={d}, sum of squares, CPU time", rows, PACKAGES)
+
+
+def kin() -> None:
+    """A step of the variants, at the peer's settings."""
+    from cbx import dynamics
+
+    pairs: dict[str, tuple[type[CBO], str, dict[str, Any]]] = {
+        "covariance noise": (ConsensusBasedSampling, "CBS", {}),
+        "memory": (MemoryCBO, "CBOMemory", {"lambda_": 1.0, "sigma": 0.4**0.5}),
+        "polarized": (PolarizedCBO, "PolarCBO", {"lambda_": 1.0, "sigma": 0.4**0.5}),
+        "Adam": (AdamCBO, "AdamCBO", {"lambda_": 1.0, "sigma": 0.4**0.5}),
+    }
+    for n, d, inner in ((100, 20, 40), (100, 650, 2)):
+        rows = []
+        for name, (kind, peer, arguments) in pairs.items():
+            x = nn.Parameter(torch.zeros(d))
+            optimizer = kind([("x", x)], num_particles=n, seed=0, **arguments)
+            settings = {"f_dim": "3D", "alpha": 50.0, "dt": 0.1, "verbosity": 0}
+            if kind is not ConsensusBasedSampling:
+                settings |= {"lamda": 1.0, "sigma": 0.4**0.5, "noise": "anisotropic"}
+            start = np.random.default_rng(0).standard_normal((1, n, d))
+            other = getattr(dynamics, peer)(lambda x: np.square(x).sum(-1), x=start, **settings)
+            contenders: dict[str, Callable[[], object]] = {
+                f"ours: {kind.__name__}": lambda optimizer=optimizer: optimizer.step(sum_of_squares),
+                f"cbx: {peer}": other.step,
+            }
+            found = harness.ratios(cpu_alternate(contenders, rounds=9, inner=inner), f"ours: {kind.__name__}")
+            rows += [{"variant": name} | row for row in found]
+        harness.save("cbo", f"one step of the variants, N={n}, d={d}, sum of squares, CPU time", rows, PACKAGES)
+
+
+def sum_of_squares(particles: dict[str, Tensor]) -> Tensor:
+    return particles["x"].square().sum(-1)
 
 
 # --- success at equal evaluations -------------------------------------------------------------------------------------
@@ -313,6 +356,7 @@ def digits(seeds: int = 3, epochs: int = 50) -> None:
 
 SECTIONS: dict[str, Callable[[], None]] = {
     "step": step,
+    "kin": kin,
     "rastrigin": lambda: success("Rastrigin", rastrigin, seeds=10),
     "ackley": lambda: success("Ackley", ackley, seeds=10),
     "digits": digits,

@@ -1,5 +1,6 @@
 """One case per public piece: how to build it, what it must refuse, and why a check does not apply."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,17 +76,21 @@ from lit_methods.optim import (
     MDPO,
     MFAC,
     SSO,
+    AdamCBO,
     ArmijoSGD,
+    ConsensusBasedSampling,
     ConsensusHopping,
     ExtraAdam,
     ExtraGradient,
     ImplicitOMD,
+    MemoryCBO,
     OptimisticAdam,
     OptimisticEnsemble,
     OptimisticFTL,
     OptimisticFTRL,
     OptimisticOMD,
     OptimisticOnlineNewton,
+    PolarizedCBO,
     ScaledGD,
 )
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
@@ -181,6 +186,13 @@ _LOSSES_ONLY = {
     ),
 }
 
+_SWARM = {"init_around_current": True, "seed": 0}
+_SWARM_ARGUMENTS: list[tuple[Arguments, str]] = [
+    ({"init_std": 0.0}, "init_std must be"),
+    ({"num_runs": 0}, "num_runs must be"),
+    ({"seed": -1}, "seed must be"),
+]
+
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.CBO": OptimizerCase(
         CBO,
@@ -197,7 +209,9 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"init_std": 0.0}, "init_std must be"),
             ({"stall_tol": -1.0}, "stall_tol must be"),
             ({"effective_sample_size": 1.0}, "effective_sample_size must be"),
+            ({"num_runs": 0}, "num_runs must be"),
             ({"gradient_drift": -1.0}, "gradient_drift must be"),
+            ({"alpha_growth": 0.0}, "alpha_growth must be"),
             ({"seed": -1}, "seed must be"),
             ({"shard": "model"}, "shard must be"),
         ],
@@ -218,8 +232,84 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"width_decay": 1.5}, "width_decay must be"),
             ({"width_decay_every": 0}, "width_decay_every must be"),
             ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
+            ({"num_runs": 0}, "num_runs must be"),
             ({"seed": -1}, "seed must be"),
             ({"shard": "model"}, "shard must be"),
+        ],
+        closure_calls=21,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.ConsensusBasedSampling": OptimizerCase(
+        ConsensusBasedSampling,
+        {"mode": "optimization", "alpha": 50.0, "num_particles": 60, "init_std": 0.5, **_SWARM},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"num_particles": 1}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"alpha": math.inf}, "alpha must be"),
+            ({"mode": "both"}, "mode must be"),
+            ({"effective_sample_size": 0.5}, "effective_sample_size must be"),
+            *_SWARM_ARGUMENTS,
+        ],
+        closure_calls=61,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.MemoryCBO": OptimizerCase(
+        MemoryCBO,
+        {"num_particles": 30, "init_std": 0.5, **_SWARM},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lambda_": 0.0}, "lambda_ must be"),
+            ({"sigma": -1.0}, "sigma must be"),
+            ({"num_particles": 0}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"lambda_memory": -1.0}, "lambda_memory must be"),
+            ({"sigma_memory": -1.0}, "sigma_memory must be"),
+            ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
+            ({"shard": "model"}, "shard must be"),
+            *_SWARM_ARGUMENTS,
+        ],
+        closure_calls=31,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.PolarizedCBO": OptimizerCase(
+        PolarizedCBO,
+        {"num_particles": 20, "init_std": 0.5, "kappa": 10.0, **_SWARM},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lambda_": 0.0}, "lambda_ must be"),
+            ({"sigma": -1.0}, "sigma must be"),
+            ({"num_particles": 0}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"kappa": 0.0}, "kappa must be"),
+            ({"noise": "gaussian"}, "noise must be"),
+            *_SWARM_ARGUMENTS,
+        ],
+        closure_calls=21,
+        host_syncs=True,
+        draws_noise=True,
+        not_applicable=_LOSSES_ONLY,
+    ),
+    "lit_methods.optim.AdamCBO": OptimizerCase(
+        AdamCBO,
+        {"num_particles": 20, "init_std": 0.5, **_SWARM},
+        bad=[
+            ({"lr": -1.0}, "lr must be"),
+            ({"lambda_": 0.0}, "lambda_ must be"),
+            ({"sigma": -1.0}, "sigma must be"),
+            ({"num_particles": 0}, "num_particles must be"),
+            ({"alpha": -1.0}, "alpha must be"),
+            ({"betas": (0.9, 1.0)}, "betas must be"),
+            ({"eps": 0.0}, "eps must be"),
+            ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
+            ({"shard": "model"}, "shard must be"),
+            *_SWARM_ARGUMENTS,
         ],
         closure_calls=21,
         host_syncs=True,
@@ -1375,6 +1465,7 @@ _TINY_LANDSCAPE = ["--model.num_runs=2", "--model.steps_per_epoch=3", "--trainer
 RECIPES: dict[str, RecipeCase] = {
     "cbo/ackley": RecipeCase(_TINY_LANDSCAPE),
     "cbo/digits": RecipeCase(_TINY),
+    "cbo/fashion_mnist": RecipeCase([*_TINY, "--data.data_dir=.", "--data.batch_size=8"], prepare=write_mnist),
     "cbo/illustrations": RecipeCase(_TINY_LANDSCAPE),
     "cbo/rastrigin": RecipeCase(_TINY_LANDSCAPE),
     "mult_vae/ml100k": RecipeCase(_TINY_MOVIES, prepare=write_u_data),

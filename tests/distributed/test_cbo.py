@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from lit_methods.optim import CBO, AdamCBO, ConsensusHopping, MemoryCBO, particle_losses
 from tests.cli import run_new_process
 from tests.contract.cases import MODULES
 from tests.contract.compare import assert_same
@@ -47,52 +47,63 @@ def runs() -> list[dict]:
     return run_ranks(all_jobs, 2)
 
 
-def rank_noise(monkey: list[Tensor], rows: slice, size: int = N):
-    """A source of noise that gives rank ``rows`` its part of what one process would draw."""
-    draws = iter(monkey)
+def rank_noise(runs: int, rows: slice):
+    """A source of noise that gives a rank the ``rows`` of each run of what one process would draw."""
+    generator = torch.Generator().manual_seed(7)
 
     def fill(self, x: Tensor, mean: float, std: float) -> None:
-        x.copy_(mean + std * next(draws)[rows, : x.shape[1]])
+        draws = torch.randn(runs, N, 26, generator=generator, dtype=torch.float64)
+        x.copy_(mean + std * draws[:, rows].flatten(0, 1))
 
     return fill
 
 
-def draws() -> list[Tensor]:
-    return list(torch.randn(STEPS + 2, N, 26, generator=torch.Generator().manual_seed(7), dtype=torch.float64))
-
-
-def train_sharded(rank: int, noise: str, kind: type, ess: float | None) -> dict:
+def train_sharded(rank: int, kind: type, arguments: dict) -> dict:
     module, batch = problem()
     half = N // 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "_fill_normal", rank_noise(draws(), slice(rank * half, (rank + 1) * half)))
-        return run_sharded(module, batch, noise, kind, ess)
+        rows = slice(rank * half, (rank + 1) * half)
+        patch.setattr(kind, "_fill_normal", rank_noise(arguments.get("num_runs", 1), rows))
+        return run_sharded(module, batch, kind, arguments)
 
 
-def run_sharded(module: nn.Module, batch: tuple[Tensor, Tensor], noise: str, kind: type, ess: float | None) -> dict:
-    extra = {"noise": noise, "stall_tol": 0.0} if kind is CBO else {}
-    optimizer = build(module, "particles", kind, effective_sample_size=ess, **extra)
+def run_sharded(module: nn.Module, batch: tuple[Tensor, Tensor], kind: type, arguments: dict) -> dict:
+    optimizer = build(module, "particles", kind, **arguments)
     for _ in range(STEPS):
         loss = optimizer.step(particle_losses(module, nn.functional.cross_entropy, batch))
     best = optimizer.best_particle()
     variance = optimizer.variance()
     optimizer.consolidate_state_dict()
     particles = optimizer.state_dict()["state"]["swarm"]["particles"] if dist.get_rank() == 0 else None
-    return {"model": module.state_dict(), "loss": loss, "best": best, "variance": variance, "all": particles}
+    return {
+        "model": module.state_dict(),
+        "loss": loss,
+        "best": best,
+        "best losses": optimizer.best_losses(),
+        "variance": variance,
+        "all": particles,
+    }
 
 
-SHARDED = [("anisotropic", CBO, None), ("isotropic", CBO, 0.5), ("anisotropic", ConsensusHopping, None)]
+SHARDED = [
+    (CBO, {"stall_tol": 0.0}),
+    (CBO, {"stall_tol": 0.0, "noise": "isotropic", "effective_sample_size": 0.5}),
+    (CBO, {"num_runs": 3}),
+    (ConsensusHopping, {}),
+    (ConsensusHopping, {"num_runs": 2, "effective_sample_size": 0.5}),
+    (MemoryCBO, {"num_runs": 2}),
+    (AdamCBO, {}),
+]
 
 
 @pytest.mark.parametrize("which", range(len(SHARDED)))
 @pytest.mark.filterwarnings("ignore:with sigma")
 def test_sharded_particles_equal_one_process_given_the_same_noise(which, runs, monkeypatch) -> None:
-    noise, kind, ess = SHARDED[which]
+    kind, arguments = SHARDED[which]
     ranks = [run["sharded"][which] for run in runs]
     module, batch = problem()
-    monkeypatch.setattr(kind, "_fill_normal", rank_noise(draws(), slice(None)))
-    extra = {"noise": noise, "stall_tol": 0.0} if kind is CBO else {}
-    optimizer = build(module, "particles", kind, effective_sample_size=ess, **extra)
+    monkeypatch.setattr(kind, "_fill_normal", rank_noise(arguments.get("num_runs", 1), slice(None)))
+    optimizer = build(module, "particles", kind, **arguments)
     for _ in range(STEPS):
         loss = optimizer.step(particle_losses(module, nn.functional.cross_entropy, batch))
     for name, value in module.state_dict().items():
@@ -101,6 +112,7 @@ def test_sharded_particles_equal_one_process_given_the_same_noise(which, runs, m
     for rank in ranks:
         torch.testing.assert_close(rank["loss"], loss)
         torch.testing.assert_close(rank["best"], optimizer.best_particle())
+        torch.testing.assert_close(rank["best losses"], optimizer.best_losses())
         torch.testing.assert_close(rank["variance"], optimizer.variance())
     torch.testing.assert_close(ranks[0]["all"], optimizer.state_dict()["state"]["swarm"]["particles"])
 
@@ -171,7 +183,7 @@ def test_sharded_particles_resume_to_the_bit_and_load_on_one_process(runs) -> No
     optimizer = build(module, "particles", particle_batch_size=4)
     optimizer.load_state_dict(ranks[0]["saved"])
     assert torch.equal(
-        optimizer.particles["0.weight"].flatten(1), ranks[0]["saved"]["state"]["swarm"]["particles"][:, :12]
+        optimizer.particles["0.weight"].flatten(1), ranks[0]["saved"]["state"]["swarm"]["particles"][0, :, :12]
     )
     optimizer.step(particle_losses(module, nn.functional.cross_entropy, batch))
 
@@ -201,7 +213,7 @@ def test_a_trainer_with_sharded_particles_resumes_to_the_bit(tmp_path) -> None:
     run_new_process(tmp_path, "fit", "--config", path, "--ckpt_path", "whole/step=3.ckpt", ranks=2)
     whole, resumed = (torch.load(tmp_path / run / "step=6.ckpt", weights_only=True) for run in ("whole", "resumed"))
     swarm = whole["optimizer_states"][0]["state"]["swarm"]
-    assert len(swarm["particles"]) == 8
+    assert swarm["particles"].shape[:2] == (1, 8)
     assert len(swarm["generators"]) == 2
     for part in ("state_dict", "optimizer_states"):
         assert_same(resumed[part], whole[part], part)

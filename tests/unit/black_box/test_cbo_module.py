@@ -7,7 +7,7 @@ from torch import nn
 from lit_methods.black_box import CBOModule
 from lit_methods.datamodules import DigitsDataModule
 from lit_methods.nets import PostNormMLP
-from lit_methods.optim import CBO
+from lit_methods.optim import CBO, AdamCBO, ConsensusBasedSampling, ConsensusHopping, MemoryCBO, PolarizedCBO
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
@@ -28,6 +28,19 @@ def test_learns_digits_from_losses() -> None:
     trainer = fit(module, 8)
     assert trainer.callback_metrics["val/accuracy"] > 0.3  # chance is 0.1
     assert all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", [AdamCBO, ConsensusBasedSampling, ConsensusHopping, MemoryCBO, PolarizedCBO])
+def test_takes_the_kin_of_cbo_and_several_runs(kind) -> None:
+    torch.manual_seed(0)
+    module = CBOModule(
+        PostNormMLP(64, [10]), num_classes=10, optimizer=lambda params: kind(params, num_particles=6, num_runs=2)
+    )
+    trainer = fit(module, 1, limit_train_batches=2, limit_val_batches=1)
+    (optimizer,) = trainer.optimizers
+    weight = next(iter(optimizer.consensus_of_runs().values()))
+    assert weight.shape == (2, 10, 64)
+    assert any(torch.equal(next(module.network.parameters()), run) for run in weight)
 
 
 def test_a_loss_without_gradient_and_running_statistics() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_methods.optim import CBO, ConsensusHopping, particle_losses
-from lit_methods.optim.particles import alpha_for_sample_size, consensus_weights
+from lit_methods.optim.consensus import alpha_for_sample_size, consensus_weights
 
 
 def swarm(points: Tensor, **arguments) -> tuple[nn.Parameter, CBO]:
@@ -207,6 +207,20 @@ def test_gradient_drift_by_autograd_and_by_differences() -> None:
         _, drifting = swarm(v, sigma=0.3, gradient_drift=2.0)
         drifting.step(losses)
         torch.testing.assert_close(drifting.particles["x"], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_alpha_grows_after_every_step_and_goes_on_from_a_checkpoint() -> None:
+    _, optimizer = swarm(points(), alpha=2.0, alpha_growth=1.05)
+    for k in range(3):
+        assert optimizer.param_groups[0]["alpha"] == pytest.approx(2.0 * 1.05**k)
+        before = optimizer.particles["x"].clone()
+        weights = torch.softmax(-2.0 * 1.05**k * quadratic({"x": before}), 0)
+        optimizer.step(quadratic)
+        torch.testing.assert_close(optimizer.consensus()["x"], weights @ before)
+    _, resumed = swarm(points())
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.step(quadratic)
+    assert resumed.param_groups[0]["alpha"] == pytest.approx(2.0 * 1.05**4)
 
 
 def test_groups_have_rates_of_their_own() -> None:
