@@ -101,7 +101,7 @@ def sinkhorn_newton(
         warmup: Sinkhorn sweeps before the first Newton step, >= 0; fewer when the error is small enough.
         max_newton: Newton steps at the full ``eta``, >= 0; 0 is Sinkhorn's algorithm.
         tol: bound on the marginal error, a share of the mass, > 0; ``None``: 1e-10 in float64 and 1e-5 in float32, or
-            what rounding of ``eta * cost`` allows, if that is more.
+            what rounding of ``eta * cost`` allows, if that is more (but not above 0.01).
         sparsity: ``"adaptive"`` drops entries of the Hessian whose sum is at most a tenth of the marginal error, and
             factorises densely where that is faster; ``"topk"`` keeps the ``nnz_per_row * max(n, m)`` largest of each
             problem, the paper's rule; ``"dense"`` drops nothing.
@@ -403,7 +403,7 @@ def lowest_of_ranks(x: Tensor) -> Tensor:
 def maximise(dual: SemiDual, solver: SinkhornNewton, v: Tensor, extent: float) -> tuple[Point, Stats]:
     """The maximum of the dual, from ``v``; ``extent`` is the range of ``eta cost``."""
     eps = torch.finfo(v.dtype).eps
-    tol = max(1e-10 if v.dtype == torch.float64 else 1e-5, 8 * eps * extent) if solver.tol is None else solver.tol
+    tol = solver.tol or min(max(1e-10 if v.dtype == torch.float64 else 1e-5, 8 * eps * extent), 1e-2)
     may_restart = solver.eps_scaling is None and solver.max_newton > 0 and extent > _SCALED_RANGE
     end, sweeps, steps = _ascend(dual, solver, v, solver.eps_scaling or 0, tol, 1 if may_restart else 3)
     hard = end.error > tol

@@ -268,6 +268,12 @@ def test_float32_and_reduced_precision():
     assert torch.equal(inside.plan, single.plan)
 
 
+def test_the_tolerance_does_not_grow_without_bound_with_rounding():
+    result = sinkhorn_newton(assignment(40).float(), eta=1e6)
+    assert result.converged
+    assert float(result.marginal_error) <= 0.01
+
+
 def test_reports_what_did_not_converge():
     result = sinkhorn_newton(assignment(50), eta=1000.0, max_newton=1, eps_scaling=0)
     assert not result.converged
