@@ -299,6 +299,14 @@ def digits(seeds: int = 3, epochs: int = 50) -> None:
             optimizer.step(particle_losses(model, nn.functional.cross_entropy, batch))
         return accuracy(model)
 
+    def with_hopping(seed: int) -> float:
+        torch.manual_seed(seed)
+        model = network()
+        optimizer = ConsensusHopping(model, num_particles=N, alpha=5.0, width=0.7, seed=seed)
+        for _, batch in batches(seed):
+            optimizer.step(particle_losses(model, nn.functional.cross_entropy, batch))
+        return accuracy(model)
+
     def with_strategy(build: Callable[[Any], Any]) -> Callable[[int], float]:
         def run(seed: int) -> float:
             model = network()
@@ -333,6 +341,7 @@ def digits(seeds: int = 3, epochs: int = 50) -> None:
 
     contenders = {
         "ours: CBO": with_cbo,
+        "ours: ConsensusHopping": with_hopping,
         "evotorch: SNES": with_strategy(lambda p: SNES(p, popsize=N, stdev_init=0.5)),
         "evotorch: PGPE": with_strategy(
             lambda p: PGPE(p, popsize=N, center_learning_rate=0.1, stdev_learning_rate=0.1, stdev_init=0.3)

@@ -1465,6 +1465,7 @@ _TINY_LANDSCAPE = ["--model.num_runs=2", "--model.steps_per_epoch=3", "--trainer
 RECIPES: dict[str, RecipeCase] = {
     "cbo/ackley": RecipeCase(_TINY_LANDSCAPE),
     "cbo/digits": RecipeCase(_TINY),
+    "cbo/digits_hopping": RecipeCase(_TINY),
     "cbo/fashion_mnist": RecipeCase([*_TINY, "--data.data_dir=.", "--data.batch_size=8"], prepare=write_mnist),
     "cbo/illustrations": RecipeCase(_TINY_LANDSCAPE),
     "cbo/rastrigin": RecipeCase(_TINY_LANDSCAPE),
