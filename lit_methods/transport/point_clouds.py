@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 from lit_methods.transport.semi_dual import (
     Point,
     equal_means,
     iterative_direction,
+    joint_sum,
     lowest_exponent,
     mv,
     negligible,
@@ -190,7 +190,7 @@ def tiled_value(solver: SinkhornNewton, x: Tensor, y: Tensor, a: Tensor | None, 
     a, b = checked_weights(x, batch, sizes, a, b, solver.sharded)
     sets = (z.reshape(-1, *z.shape[-2:]) for z in (x, y))
     values = torch.stack([_TiledValue.apply(*problem, solver, p) for problem in zip(*sets, a, b, strict=True)])
-    return (dist_nn.all_reduce(values) if solver.sharded else values).reshape(batch)
+    return (joint_sum(values) if solver.sharded else values).reshape(batch)
 
 
 class _TiledValue(torch.autograd.Function):

@@ -8,7 +8,7 @@ times its weight.
 import math
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -177,6 +177,21 @@ def sum_ranks(x: Tensor, sharded: bool) -> Tensor:
     if sharded:
         dist.all_reduce(x)
     return x
+
+
+def joint_sum(x: Tensor) -> Tensor:
+    """Sum over the ranks; the gradient is that of the sum of all ranks' results."""
+    return _JointSum.apply(x)
+
+
+class _JointSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sum_ranks(x.clone(memory_format=torch.contiguous_format), True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return joint_sum(grads[0])
 
 
 def lowest_exponent(dtype: torch.dtype) -> float:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
 from lit_methods.transport.semi_dual import (
@@ -33,6 +32,7 @@ from lit_methods.transport.semi_dual import (
     Sparsity,
     equal_means,
     hessian_solve,
+    joint_sum,
     lowest_exponent,
     sum_ranks,
     total_rows,
@@ -201,7 +201,7 @@ class SinkhornNewton(nn.Module):
             finite = cost if bool(cost.amax() < math.inf) else torch.where(cost < math.inf, cost, 0.0)
             transported = torch.linalg.vecdot(plan.flatten(1), finite.flatten(1))
         if self.sharded:
-            value, transported = (dist_nn.all_reduce(x) for x in (value, transported))
+            value, transported = (joint_sum(x) for x in (value, transported))
         return OTResult(*(x.reshape(batch + x.shape[1:]) for x in (plan, f, g, value, transported, *stats)))
 
     def value(
@@ -213,7 +213,7 @@ class SinkhornNewton(nn.Module):
         with torch.autocast(cost.device.type, enabled=False), torch.no_grad():
             f, g, *_ = _solve(self, cost, a, b, g)
         value = _Value.apply(cost, a, b, f, g, self.eta, self.sharded)
-        return (dist_nn.all_reduce(value) if self.sharded else value).reshape(batch)
+        return (joint_sum(value) if self.sharded else value).reshape(batch)
 
     @property
     def sharded(self) -> bool:
