@@ -126,7 +126,7 @@ class DenseDual(NamedTuple):
         elif self.sparsity == "topk" and self.nnz_per_row * max(n, m) < n * m:
             threshold = plan.flatten(1).topk(self.nnz_per_row * max(n, m), sorted=False).values.amin(-1)
         else:
-            factor = factorise(schur(plan, self.a, self.sharded), at.columns, damping)
+            factor = factorise(schur(plan, self.a, self.sharded), at.columns, damping * self.b)
             return torch.cholesky_solve(gradient[..., None], factor)[..., 0]
         kept = plan >= threshold[:, None, None]
         if self.sparsity == "adaptive" and 4 * int(kept.count_nonzero()) > kept.numel():
@@ -245,8 +245,9 @@ def hessian_solve(plan: Tensor, x: Tensor, y: Tensor, sharded: bool = False) -> 
     if plan.shape[-1] > plan.shape[-2] and not sharded:
         w, u = hessian_solve(plan.mT, y, x)
         return u, w
-    rows, columns = plan.sum(-1), sum_ranks(plan.sum(-2), sharded)
-    factor = factorise(schur(plan, rows, sharded), columns, torch.zeros_like(columns[:, :1]))
+    least = torch.finfo(plan.dtype).tiny ** 0.5  # a tiny weight may be within the tolerance of none
+    rows, columns = plan.sum(-1).clamp(min=least), sum_ranks(plan.sum(-2), sharded).clamp(min=least)
+    factor = factorise(schur(plan, rows, sharded), columns, torch.zeros_like(columns))
     u, w = torch.zeros_like(x), torch.zeros_like(y)
     for _ in range(3):  # twice refined
         residual_x = x - rows * u - mv(plan, w)
@@ -289,10 +290,10 @@ def schur(plan: Tensor, rows: Tensor, sharded: bool = False) -> Tensor:
 
 
 def factorise(schur: Tensor, columns: Tensor, damping: Tensor) -> Tensor:
-    """Cholesky factor of the damped Schur complement, whose null vector 1 is lifted; overwrites ``schur``."""
+    """Cholesky factor of ``schur + diag(damping)``, whose null vector 1 is lifted; overwrites ``schur``."""
     schur.baddbmm_(columns[..., None], columns[..., None, :])
     floor = 8 * torch.finfo(schur.dtype).eps
-    schur.diagonal(dim1=-2, dim2=-1).add_((damping + floor) * columns)
+    schur.diagonal(dim1=-2, dim2=-1).add_(damping + floor * columns)
     factor, failed = torch.linalg.cholesky_ex(schur)
     while floor < 1 and bool(failed.any()):
         floor *= 100

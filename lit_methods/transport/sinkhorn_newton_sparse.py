@@ -48,7 +48,8 @@ class OTResult(NamedTuple):
     """A solution, differentiable in ``cost``, ``a`` and ``b``; batch dimensions come first.
 
     Attributes:
-        plan: ``P``, ``(..., n, m)``; rows sum to ``a`` to rounding, columns to ``b`` within ``marginal_error``.
+        plan: ``P``, ``(..., n, m)``; rows sum to ``a`` to rounding, columns to ``b`` within ``marginal_error``. If
+            ``m > n`` and rows are not sharded, it is the columns that are exact.
         f: potential of the rows, ``(..., n)``: ``P = exp(eta (f + g - cost) - 1)``. Only sums ``f + g`` are determined;
             both are given equal means.
         g: potential of the columns, ``(..., m)``.
@@ -56,7 +57,7 @@ class OTResult(NamedTuple):
         cost: ``<cost, P>``, ``(...)``: what is transported.
         n_sinkhorn: Sinkhorn sweeps taken, ``(...)``, int64.
         n_newton: Newton steps taken, ``(...)``, int64.
-        marginal_error: ``sum |P^T 1 - b|`` as a share of the mass, ``(...)``.
+        marginal_error: ``sum |P^T 1 - b|``, or ``sum |P 1 - a|`` if columns are exact, over the mass, ``(...)``.
         converged: whether it is at most the tolerance, ``(...)``.
     """
 
@@ -450,6 +451,7 @@ def _newton(dual: SemiDual, scale: float, v: Tensor, tol: float, max_steps: int,
     at = dual.at(scale, v)
     steps = torch.zeros(len(v), dtype=torch.int64, device=v.device)
     damping = torch.full_like(v[:, :1], 0.3)
+    near = torch.finfo(v.dtype).eps ** 0.25  # an error whose square, which is what a step gains, is lost in rounding
     for step in range(max_steps):
         active = (at.error > tol) & (damping[:, 0] < 1e12)
         count = int(active.sum())
@@ -469,9 +471,9 @@ def _newton(dual: SemiDual, scale: float, v: Tensor, tol: float, max_steps: int,
         for _ in range(trials):
             new = dual.at(scale, torch.where(pending[:, None], at.v + alpha * direction, new.v))
             gain = new.objective - at.objective
-            accepted = (gain >= 1e-4 * alpha * slope) | ((new.error < at.error) & (at.error < 1e-4))
+            accepted = (gain >= 1e-4 * alpha * slope) | ((new.error < at.error) & (at.error < near))
             accepted &= torch.isfinite(new.error) & pending
-            good = accepted & ((gain >= 0.25 * slope) | (at.error < 1e-4)) & (alpha == 1.0)
+            good = accepted & ((gain >= 0.25 * slope) | (at.error < near)) & (alpha == 1.0)
             damping = torch.where(good[:, None], damping / 4, damping)
             pending = pending & ~accepted
             if not bool(pending.any()):

@@ -268,6 +268,41 @@ def test_float32_and_reduced_precision():
     assert torch.equal(inside.plan, single.plan)
 
 
+def skewed(*shape: int, seed: int) -> Tensor:
+    """Weights over ten orders of magnitude."""
+    return (-23 * torch.rand(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))).softmax(-1)
+
+
+def test_weights_over_ten_orders_of_magnitude():
+    cost = torch.rand(60, 25, 25, dtype=F64, generator=torch.Generator().manual_seed(0))
+    result = sinkhorn_newton(cost, skewed(60, 25, seed=1), skewed(60, 25, seed=2), eta=2000.0)
+    assert result.converged.all()
+
+
+def test_gradients_are_finite_where_the_tolerance_leaves_a_column_empty():
+    cost = torch.tensor([[0.0, 1.0], [0.0, 1.0]], requires_grad=True)
+    result = sinkhorn_newton(cost, b=torch.tensor([1 - 1e-7, 1e-7]), eta=1000.0)
+    assert result.converged
+    assert (result.plan.detach().sum(0) == 0).any()
+    (gradient,) = torch.autograd.grad(result.cost, cost)
+    assert gradient.isfinite().all()
+
+
+def test_float32_converges_where_gains_are_below_rounding():
+    cost = torch.rand(60, 20, 20, generator=torch.Generator().manual_seed(0))
+    for eta in (10.0, 40.0):
+        assert sinkhorn_newton(cost, eta=eta, warmup=5).converged.all()
+
+
+def test_exact_marginal_is_that_of_the_longer_side():
+    for shape, exact, near in (((30, 20), -1, -2), ((20, 30), -2, -1)):
+        cost = random_problem(*shape)[0]
+        plan, *_, error, _ = sinkhorn_newton(cost, eta=300.0, tol=1e-3)
+        assert 1e-9 < float(error) < 1e-3
+        assert float((plan.sum(exact) - 1 / 30).abs().sum()) < 1e-13
+        torch.testing.assert_close((plan.sum(near) - 1 / 20).abs().sum(), error, atol=1e-13, rtol=0)
+
+
 def test_the_tolerance_does_not_grow_without_bound_with_rounding():
     result = sinkhorn_newton(assignment(40).float(), eta=1e6)
     assert result.converged
