@@ -397,6 +397,7 @@ def _solve(
 
 
 def lowest_of_ranks(x: Tensor) -> Tensor:
+    """Elementwise minimum over the ranks, in place."""
     dist.all_reduce(x, dist.ReduceOp.MIN)
     return x
 
