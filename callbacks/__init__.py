@@ -6,6 +6,7 @@ from lit_methods._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from lit_methods.callbacks.cbo_cooling import CBOCooling
+    from lit_methods.callbacks.checkpoints import AtomicCheckpointIO, LastCheckpoint
     from lit_methods.callbacks.convergence_curves import ConvergenceCurves
     from lit_methods.callbacks.convergence_rates import ConvergenceRates
     from lit_methods.callbacks.empirical_fisher_monitor import EmpiricalFisherMonitor
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lit_methods.callbacks.win_rate import WinRate
 
 __all__ = [
+    "AtomicCheckpointIO",
     "CBOCooling",
     "ConvergenceCurves",
     "ConvergenceRates",
@@ -35,6 +37,7 @@ __all__ = [
     "ExportHF",
     "FactorRebalancing",
     "LandscapePaths",
+    "LastCheckpoint",
     "LearningCurves",
     "MFACPruning",
     "PolicyEvaluation",
@@ -52,6 +55,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "AtomicCheckpointIO": "checkpoints",
         "CBOCooling": "cbo_cooling",
         "ConvergenceCurves": "convergence_curves",
         "ConvergenceRates": "convergence_rates",
@@ -60,6 +64,7 @@ __getattr__, __dir__ = lazy_exports(
         "ExportHF": "export_hf",
         "FactorRebalancing": "factor_rebalancing",
         "LandscapePaths": "landscape_paths",
+        "LastCheckpoint": "checkpoints",
         "LearningCurves": "learning_curves",
         "MFACPruning": "mfac_pruning",
         "PolicyEvaluation": "policy_evaluation",

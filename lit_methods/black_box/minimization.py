@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.optim.particles import ParticleOptimizer
+from lit_methods.precision import load_unrounded
 
 __all__ = ["LandscapeMinimization"]
 
@@ -52,6 +53,7 @@ class LandscapeMinimization(LightningModule):
         tolerance: float = 0.5,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         if not methods:
             raise ValueError("methods must name at least one optimizer, got {}")
         if not start:

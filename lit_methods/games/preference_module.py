@@ -11,6 +11,7 @@ from lit_methods.games.preference import (
     preference_iteration,
     regularized_nash,
 )
+from lit_methods.precision import load_unrounded
 
 METHODS = ("nash_mp", "nash_prox", "self_play", "nash_md")
 
@@ -49,6 +50,7 @@ class PreferenceGame(L.LightningModule):
         num_iterations: int = 200,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters()
         self.automatic_optimization = False
         if not beta > 0:

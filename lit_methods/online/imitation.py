@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_methods.batches import ImitationBatch
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.optim import SSO
+from lit_methods.precision import load_unrounded
 
 __all__ = ["OnlineImitation"]
 
@@ -45,6 +46,7 @@ class OnlineImitation(LightningModule):
         optimizer: OptimizerCallable = lambda params: SSO(params, lr=None, loss="mse"),
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters(ignore=live_arguments(locals()))
         self.automatic_optimization = False
         self.policy = policy

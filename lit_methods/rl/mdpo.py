@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lit_methods.batches import EpisodeBatch, RolloutBatch, TransitionBatch
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.optim import MDPO, MDPOStepSize
+from lit_methods.precision import load_unrounded
 from lit_methods.rl.networks import RunningMoments, all_reduce_sum
 
 __all__ = ["OffPolicyMDPO", "OnPolicyMDPO"]
@@ -38,6 +39,7 @@ class _Agent(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         self.automatic_optimization = False
         self.register_buffer("recent_returns", torch.full((_WINDOW,), math.nan))
 
