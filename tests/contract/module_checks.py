@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from tests.cli import run_here, run_new_process
 from tests.contract.cases.kinds import ModuleCase
 from tests.contract.compare import assert_same
+from tests.contract.resume import check_resumes
 
 STEPS = 3
 QUIET = {
@@ -30,16 +31,11 @@ def check_runs_through_the_cli(case: ModuleCase, folder: Path, monkeypatch: pyte
         run_here(monkeypatch, folder, command, "--config", config)
 
 
-def check_resumes_bit_exactly_in_a_new_process(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = write_config(case, folder, max_steps=2 * STEPS, callbacks=resume_callbacks("whole"))
-    run_new_process(folder, "fit", "--config", config)
-    config = write_config(case, folder, max_steps=2 * STEPS, callbacks=resume_callbacks("resumed"))
-    run_new_process(folder, "fit", "--config", config, "--ckpt_path", f"whole/step={STEPS}.ckpt")
-    whole, resumed = (
-        torch.load(folder / run / f"step={2 * STEPS}.ckpt", weights_only=True) for run in ("whole", "resumed")
-    )
-    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        assert_same(resumed[part], whole[part], part)
+def check_resumes_bit_exactly_in_new_processes(case: ModuleCase, folder: Path) -> None:
+    case.prepare(folder)
+    callbacks = [{"class_path": f"lit_methods.callbacks.{name}"} for name in ("ExactResume", "LastCheckpoint")]
+    tiny = {"max_epochs": 2, "limit_train_batches": 4, "limit_val_batches": 1, "val_check_interval": 2}
+    check_resumes(folder, {"seed_everything": 1, **case.config, "trainer": {**QUIET, **tiny, "callbacks": callbacks}})
 
 
 def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

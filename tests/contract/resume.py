@@ -1,58 +1,114 @@
-"""One uninterrupted run leaves checkpoints at all places, a second one is killed, and runs resume from each of them."""
+"""One run leaves checkpoints at all places, another is killed, and further ones resume from each place."""
 
 import csv
-from collections.abc import Callable
+import os
+import signal
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from tests.cli import run_new_process
+from lit_methods.cli import LitMethodsCLI
 from tests.contract.compare import assert_same
+from tests.new_processes import new_processes
 
 PROBES = "tests.contract.probes."
 
 
 def check_resumes(folder: Path, config: dict[str, Any], overrides: list[str] | None = None) -> None:
-    """Compare runs of a config that resume with one that does not stop: weights, optimizers, generators and the log.
+    """Compare runs that resume with one that does not stop: weights, optimizers, generators, loaders and the log.
 
     Args:
-        folder: where the runs work; the data of the config is there.
-        config: what ``fit`` gets; ExactResume and LastCheckpoint are among its callbacks.
+        folder: where the runs work; the data that the config reads is there.
+        config: what ``fit`` gets, of two epochs at least; ExactResume and LastCheckpoint are among its callbacks.
         overrides: command line options.
     """
-
-    def command(run: str, **probe: Any) -> list[str]:
-        trainer = dict(config["trainer"])
-        trainer["callbacks"] = [
-            *({"class_path": PROBES + "FirstEpochIsBest"}, *trainer["callbacks"]),
-            {"class_path": PROBES + "SaveEverywhere", "init_args": {"dirpath": run, **probe}},
-        ]
-        log = {"save_dir": run, "name": "", "version": ""}
-        trainer["logger"] = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": log}
-        trainer |= {"log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False}
-        (folder / f"{run}.yaml").write_text(yaml.safe_dump({**config, "trainer": trainer}))
-        return ["fit", "--config", f"{run}.yaml", *(overrides or [])]
-
-    run_new_process(folder, command("whole"), command("killed", kill_in_epoch=1), killed=True)
-    places = {"killed": folder / "killed" / "checkpoints" / "last.ckpt"}
-    for kind in ("step", "validation", "epoch"):
-        found = sorted((folder / "whole").glob(f"{kind}=*.ckpt"))
-        if found[:-1]:
-            places[kind] = found[0]
-    run_new_process(folder, *([*command(f"from_{n}"), "--ckpt_path", str(path)] for n, path in places.items()))
-    for name, path in places.items():
-        assert_same_run(folder / f"from_{name}", folder / "whole", torch.load(path, weights_only=True), name)
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "name": ""}}
+    trainer = {**config["trainer"], "log_every_n_steps": 1, "enable_progress_bar": False, "logger": logger}
+    trainer["callbacks"] = [
+        {"class_path": PROBES + "FirstEpochIsBest"},
+        *trainer["callbacks"],
+        {"class_path": PROBES + "SaveEverywhere", "init_args": {"dirpath": "."}},
+    ]
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": trainer}))
+    try:
+        new_processes(_do_runs, 1, folder, ["fit", "--config", "config.yaml", *(overrides or [])])
+    except Exception as error:
+        raise AssertionError((folder / "output.txt").read_text()) from error
+    for place, path in checkpoints(folder).items():
+        _assert_same_run(folder / f"from_{place}", folder / "whole", path)
 
 
-def assert_same_run(resumed: Path, whole: Path, saved: dict[str, Any], place: str) -> None:
+def checkpoints(folder: Path) -> dict[str, Path]:
+    """Those to resume from, by the place where they were written."""
+    places = {"last": folder / "killed" / "checkpoints" / "last.ckpt"}
+    for place in ("step", "validation", "epoch"):
+        if found := sorted((folder / "whole").glob(f"{place}=*.ckpt"))[:-1]:
+            places[place] = found[0]
+    return places
+
+
+def _do_runs(_: int, folder: Path, arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["lit-methods", *arguments]
+    _Runs()
+
+
+class _Runs(LitMethodsCLI):
+    """Parses once, then makes each run in a process of its own; parsing takes longer than a tiny run."""
+
+    parsed = False
+
+    def instantiate_classes(self) -> None:
+        if self.parsed:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.parsed, self.save_config_callback = True, None
+        assert self._fork("whole") == 0
+        assert self._fork("killed", kill_in_epoch=1) == signal.SIGKILL
+        for place, path in checkpoints(Path()).items():
+            assert self._fork(f"from_{place}", ckpt_path=str(path)) == 0
+
+    def _fork(self, run: str, kill_in_epoch: int | None = None, ckpt_path: str | None = None) -> int:
+        pid = os.fork()
+        if pid:
+            return os.waitpid(pid, 0)[1]
+        try:
+            config = self.config.fit
+            config.ckpt_path = ckpt_path
+            config.trainer.logger.init_args.version = run
+            config.trainer.callbacks[-1].init_args.dirpath = run
+            config.trainer.callbacks[-1].init_args.kill_in_epoch = kill_in_epoch
+            self._set_seed()
+            self.instantiate_classes()
+            super()._run_subcommand("fit")
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+
+def _assert_same_run(resumed: Path, whole: Path, checkpoint: Path) -> None:
     end = max(whole.glob("epoch=*.ckpt"))
-    ends = [torch.load(run / end.name, weights_only=True) for run in (resumed, whole)]
-    assert ends[1]["loops"]["fit_loop"]["epoch_progress"] != saved["loops"]["fit_loop"]["epoch_progress"], "at its end"
+    mine, theirs = (torch.load(run / end.name, weights_only=True) for run in (resumed, whole))
     for part in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
-        assert_same(*(found[part] for found in ends), f"from {place}: {part}")
-    assert_same(*(found["callbacks"]["ExactResume"] for found in ends), f"from {place}: ExactResume")
-    step = saved["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
-    logs = [[line for line in read_log(run) if line[0] > step] for run in (resumed, whole)]
-    assert logs[0] == logs[1], f"from {place}: the logs differ after step {step}"
+        assert_same(mine[part], theirs[part], f"from {checkpoint}: {part}")
+    assert_same(mine["callbacks"]["ExactResume"], theirs["callbacks"]["ExactResume"], f"from {checkpoint}: ExactResume")
+    loops = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]
+    step = loops["epoch_loop.state_dict"]["_batches_that_stepped"]
+    logged, expected = ([line for line in _read_log(run) if line[0] > step] for run in (resumed, whole))
+    assert logged == expected, f"from {checkpoint}: the logs after step {step} differ"
+
+
+def _read_log(run: Path) -> list[tuple[int, str, str]]:
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [(int(row["step"]), name, value) for row in rows for name, value in row.items() if value and name != "step"]
