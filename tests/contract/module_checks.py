@@ -35,7 +35,8 @@ def check_resumes_bit_exactly_in_new_processes(case: ModuleCase, folder: Path) -
     case.prepare(folder)
     callbacks = [{"class_path": f"lit_methods.callbacks.{name}"} for name in ("ExactResume", "LastCheckpoint")]
     tiny = {"max_epochs": 2, "limit_train_batches": 4, "limit_val_batches": 1, "val_check_interval": 2}
-    check_resumes(folder, {"seed_everything": 1, **case.config, "trainer": {**QUIET, **tiny, "callbacks": callbacks}})
+    trainer = {**QUIET, **tiny, **case.trainer, "callbacks": callbacks}
+    check_resumes(folder, {"seed_everything": 1, **case.config, "trainer": trainer})
 
 
 def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +102,9 @@ def write_config(case: ModuleCase, folder: Path, **trainer: object) -> str:
     path = folder / "config.yaml"
     if not path.exists():
         case.prepare(folder)
-    path.write_text(yaml.safe_dump({"seed_everything": 1, **case.config, "trainer": {**QUIET, **trainer}}))
+    path.write_text(
+        yaml.safe_dump({"seed_everything": 1, **case.config, "trainer": {**QUIET, **case.trainer, **trainer}})
+    )
     return str(path)
 
 
