@@ -3,7 +3,9 @@
 import os
 import shutil
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -47,7 +49,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} is not a checkpoint, or damaged: {' '.join(str(error).split())}") from error
+            reason = str(error).rpartition("WeightsUnpickler error:")[2]  # what comes before is advice
+            if os.path.isfile(path) and not is_zipfile(path):
+                reason = "it is cut short, or another kind of file" if os.path.getsize(path) else "it is empty"
+            raise ValueError(f"{path} is not a checkpoint, or damaged: {shorten(reason, 200)}") from error
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
             raise ValueError(f"{path} is not a checkpoint of a Trainer: it holds no state_dict")
         return checkpoint

@@ -94,7 +94,7 @@ class ExactResume(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather the state of every rank into the checkpoint."""
         self._ranks = self._final or _gather(_capture(trainer, pl_module))
-        self._kinds = {"precision": trainer.precision, "optimizers": [_kind(o) for o in trainer.optimizers]}
+        self._kinds = {"precision": trainer.precision, "optimizers": [type(o).__qualname__ for o in trainer.optimizers]}
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class ExactResume(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse the states of other optimizers, and restore wide buffers."""
-        _check_optimizers(trainer, self._kinds.get("optimizers"), self._optimizer_states)
+        check_optimizers(trainer, self._kinds.get("optimizers"), self._optimizer_states)
         self._optimizer_states = []
         self._widen_buffers(pl_module)
 
@@ -338,30 +338,24 @@ def _load_between_epochs(loader: Any, state: dict[str, Any]) -> None:
         loader.sampler.next_yielded = None  # it would start the next pass at the end of the last one
 
 
-def _kind(optimizer: Any) -> str:
-    """The optimizer's class, without the wrapper that Lightning or a strategy may have put around it."""
-    kind = type(optimizer)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 
 
-def _check_optimizers(trainer: Trainer, kinds: list[str] | None, states: list[dict[str, Any]]) -> None:
+def check_optimizers(trainer: Trainer, kinds: list[str] | None, states: list[dict[str, Any]]) -> None:
     """Refuse the states of other optimizers than the run's; Lightning and torch load what they can of them."""
     if not states:
         return
-    now = [_kind(optimizer) for optimizer in trainer.optimizers]
-    if len(states) != len(now) or (kinds is not None and kinds != now):
-        raise ValueError(
-            f"{trainer.ckpt_path} was written with the optimizers {kinds or len(states)}, the run has {now}"
-        )
+    now = [type(optimizer).__qualname__ for optimizer in trainer.optimizers]
+    if kinds not in (None, now):
+        raise ValueError(f"{trainer.ckpt_path} was written with the optimizers {kinds}, the run has {now}")
+    if len(states) != len(now):
+        raise ValueError(f"{trainer.ckpt_path} holds the states of {len(states)} optimizers, the run has {now}")
     for optimizer, state in zip(trainer.optimizers, states, strict=True):
         known = _OF_SCHEDULERS.union(*optimizer.param_groups)
         foreign = sorted(set().union(*state.get("param_groups", ())) - known)
         if foreign:
             raise ValueError(
-                f"{trainer.ckpt_path} holds the state of another optimizer than {_kind(optimizer)}: {foreign}"
+                f"{trainer.ckpt_path} holds the state of another optimizer than {type(optimizer).__name__}: {foreign}"
             )
 
 

@@ -17,6 +17,11 @@ from tests.contract.compare import assert_same
 from tests.new_processes import new_processes
 
 PROBES = "tests.contract.probes."
+AVERAGES: dict[str, dict[str, Any]] = {
+    "WeightAveraging": {},
+    "EMAWeightAveraging": {"decay": 0.9},
+    "StochasticWeightAveraging": {"swa_lrs": 0.01, "swa_epoch_start": 1},
+}
 CLOCK = re.compile(r"/time/|_per_s/")  # metrics that no two runs share
 
 
@@ -28,6 +33,24 @@ def check_resumes(folder: Path, config: dict[str, Any], overrides: list[str] | N
         config: what ``fit`` gets, of two epochs at least; ExactResume and LastCheckpoint are among its callbacks.
         overrides: command line options.
     """
+    _do_in_processes(_Kills, folder, config, overrides)
+    for place, path in checkpoints(folder).items():
+        _assert_same_run(folder / f"from_{place}", folder / "whole", path)
+
+
+def check_averages(folder: Path, config: dict[str, Any]) -> None:
+    """Resume from the end of the first epoch beside each of Lightning's callbacks that average weights."""
+    averages = [{"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": a} for name, a in AVERAGES.items()]
+    trainer = {**config["trainer"], "callbacks": [*config["trainer"]["callbacks"], *averages]}
+    _do_in_processes(_Averages, folder, {**config, "trainer": trainer})
+    for name in AVERAGES:
+        checkpoint = min((folder / name).glob("epoch=*.ckpt"))
+        _assert_same_run(folder / f"{name}_resumed", folder / name, checkpoint)
+
+
+def _do_in_processes(
+    runs: type["_Runs"], folder: Path, config: dict[str, Any], overrides: list[str] | None = None
+) -> None:
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "name": ""}}
     trainer = {**config["trainer"], "log_every_n_steps": 1, "enable_progress_bar": False, "logger": logger}
     trainer["callbacks"] = [
@@ -37,11 +60,9 @@ def check_resumes(folder: Path, config: dict[str, Any], overrides: list[str] | N
     ]
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": trainer}))
     try:
-        new_processes(_do_runs, 1, folder, ["fit", "--config", "config.yaml", *(overrides or [])])
+        new_processes(_do_runs, 1, runs, folder, ["fit", "--config", "config.yaml", *(overrides or [])])
     except Exception as error:
         raise AssertionError((folder / "output.txt").read_text()) from error
-    for place, path in checkpoints(folder).items():
-        _assert_same_run(folder / f"from_{place}", folder / "whole", path)
 
 
 def checkpoints(folder: Path) -> dict[str, Path]:
@@ -53,14 +74,14 @@ def checkpoints(folder: Path) -> dict[str, Path]:
     return places
 
 
-def _do_runs(_: int, folder: Path, arguments: list[str]) -> None:
+def _do_runs(_: int, runs: type["_Runs"], folder: Path, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = ["lit-methods", *arguments]
-    _Runs()
+    runs()
 
 
 class _Runs(LitMethodsCLI):
@@ -74,19 +95,27 @@ class _Runs(LitMethodsCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.parsed, self.save_config_callback = True, None
-        assert self._fork("whole") == 0
-        assert self._fork("killed", kill_in_epoch=1) == signal.SIGKILL
-        for place, path in checkpoints(Path()).items():
-            assert self._fork(f"from_{place}", ckpt_path=str(path)) == 0
+        self.do_runs()
 
-    def _fork(self, run: str, kill_in_epoch: int | None = None, ckpt_path: str | None = None) -> int:
+    def do_runs(self) -> None:
+        raise NotImplementedError
+
+    def fork(
+        self, run: str, kill_in_epoch: int | None = None, ckpt_path: Path | None = None, average: str | None = None
+    ) -> int:
+        """Make one run; returns the exit status, or the signal that killed it."""
         pid = os.fork()
         if pid:
             return os.waitpid(pid, 0)[1]
         try:
             config = self.config.fit
-            config.ckpt_path = ckpt_path
+            config.ckpt_path = ckpt_path and str(ckpt_path)
             config.trainer.logger.init_args.version = run
+            config.trainer.callbacks = [
+                c
+                for c in config.trainer.callbacks
+                if (name := c.class_path.rpartition(".")[2]) not in AVERAGES or name == average
+            ]
             config.trainer.callbacks[-1].init_args.dirpath = run
             config.trainer.callbacks[-1].init_args.kill_in_epoch = kill_in_epoch
             self._set_seed()
@@ -96,6 +125,21 @@ class _Runs(LitMethodsCLI):
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+
+
+class _Kills(_Runs):
+    def do_runs(self) -> None:
+        assert self.fork("whole") == 0
+        assert self.fork("killed", kill_in_epoch=1) == signal.SIGKILL
+        for place, path in checkpoints(Path()).items():
+            assert self.fork(f"from_{place}", ckpt_path=path) == 0
+
+
+class _Averages(_Runs):
+    def do_runs(self) -> None:
+        for name in AVERAGES:
+            assert self.fork(name, average=name) == 0
+            assert self.fork(f"{name}_resumed", ckpt_path=min(Path(name).glob("epoch=*.ckpt")), average=name) == 0
 
 
 def _assert_same_run(resumed: Path, whole: Path, checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 def check_positive(**values: Any) -> None:
@@ -40,6 +41,22 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_own_state(optimizer: Optimizer, state_dict: dict[str, Any], known: set[str]) -> None:
+    """Refuse a state that another kind of optimizer saved; torch would keep what it does not know, silently.
+
+    Args:
+        optimizer: is about to load.
+        state_dict: what it is about to load.
+        known: the names that its state of a parameter, or of all parameters together, may hold.
+    """
+    of_schedulers = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+    foreign = set().union(*state_dict["param_groups"]) - of_schedulers.union(*optimizer.param_groups)
+    foreign |= set().union(*state_dict["state"].values()) - known
+    if foreign:
+        name = type(optimizer).__name__
+        raise ValueError(f"the state is not of {name}, which does not know {', '.join(map(repr, sorted(foreign)))}")
 
 
 def check_gradients(params: Sequence[Tensor], name: str) -> None:

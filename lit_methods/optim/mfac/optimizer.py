@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lit_methods.optim.foundation.flat import FlatLayout, by_column, by_parameter, is_dtensor, local_grad, local_tensor
+from lit_methods.optim.foundation.groups import check_own_state
 from lit_methods.optim.mfac.window import precondition
 
 __all__ = ["MFAC"]
@@ -269,8 +270,9 @@ class MFAC(Optimizer):
         """Load a state; the tensors are copied, and with ``shard_history`` each rank keeps its own columns.
 
         Raises:
-            ValueError: the saved window does not fit the parameters.
+            ValueError: the saved window does not fit the parameters, or the state is another optimizer's.
         """
+        check_own_state(self, state_dict, {"history", "row_scale", "gram", "index", "count", "kept", "momentum_buffer"})
         # The base class casts what is keyed by parameter to the parameter's dtype: keep the window out of its hands.
         super().load_state_dict({**state_dict, "state": {}})
         self.defaults.update({key: self.param_groups[0][key] for key in _SHARED})

@@ -67,7 +67,10 @@ class CallbackCase:
 
 @dataclass(frozen=True)
 class RecipeCase:
-    """``overrides`` make a tiny run, of two epochs or more, of a small or slow recipe; ``prepare`` fills a folder with its data first."""
+    """A tiny run of a small or slow recipe.
+
+    ``overrides`` leave it two epochs, so that it can be killed in the second; ``prepare`` fills a folder with its data.
+    """
 
     overrides: list[str]
     prepare: Callable[[Path], None] = lambda folder: None

@@ -184,7 +184,8 @@ CALLBACKS: dict[str, CallbackCase] = {
 
 
 _TWO_SHORT_EPOCHS = [
-    "--trainer.max_steps=4", "--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--trainer.val_check_interval=1"
+    "--trainer.max_steps=4", "--trainer.max_epochs=2", "--trainer.limit_train_batches=2",
+    "--trainer.val_check_interval=1",
 ]  # fmt: skip
 
 RECIPES: dict[str, RecipeCase] = {
