@@ -38,7 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         finally:
             part.unlink(missing_ok=True)
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
         """Read the file.
 
         Raises:
@@ -108,7 +108,7 @@ class LastCheckpoint(Checkpoint):
         if over or epochs % self.every_n_epochs == 0:
             self._save(trainer)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Any) -> None:
         self._saved_step = trainer.global_step
         if trainer.fast_dev_run:
             return

@@ -153,6 +153,7 @@ class ExactResume(Callback):
             trainer.callback_metrics.update(state["callback_metrics"])
             _resume_loops(trainer, self._where, state["loaders"])
         _check_loaders(trainer)
+        _check_lengths(trainer)
         if state is not None and "rng" in state:
             _restore_metrics(pl_module, state["metrics"], within_epoch)
             self._means = state["means"] if within_epoch else {}
@@ -190,7 +191,7 @@ def _capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     }
 
 
-def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
+def _gather(state: Any) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()):
         return [state]
     states: list[Any] = [None] * dist.get_world_size()
@@ -403,6 +404,16 @@ def _check_loaders(trainer: Trainer) -> None:
             f"ExactResume: {problem}. A run resumed within an epoch will differ. Cure: a torchdata StatefulDataLoader "
             "with its own sampler (lit_methods.datamodules.tensors.ShuffledSampler) or a dataset with a state_dict and "
             "a length, and Trainer(use_distributed_sampler=False)."
+        )
+
+
+def _check_lengths(trainer: Trainer) -> None:
+    """Refuse ranks of unequal length: the longer ones would wait for the others' gradients for ever."""
+    lengths = _gather(trainer.num_training_batches)
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the training loaders must have equally many batches on every rank, got {lengths}: use torchdata's "
+            f"StatefulDistributedSampler, or Trainer(limit_train_batches={min(lengths)})"
         )
 
 

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_methods.batches import SupervisedBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim import SSO
 from lit_methods.precision import load_unrounded
 
@@ -139,6 +140,10 @@ class SSOModule(SupervisedModule):
     ) -> None:
         super().__init__(network, num_classes, loss, metrics, optimizer, lr_scheduler)
         self.automatic_optimization = False
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
         """Take one step; the loss before it."""

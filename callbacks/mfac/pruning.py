@@ -251,7 +251,7 @@ class MFACPruning(Callback):
         self._prune_averages(trainer)
 
     @torch.no_grad()
-    def _prune_averages(self, trainer: Trainer) -> None:
+    def _prune_averages(self, trainer: Any) -> None:
         """Zero the dropped weights in averages of weights; later updates mix zeros with zeros."""
         for callback in trainer.callbacks:
             average = getattr(callback, "_average_model", None)  # of Lightning's callbacks

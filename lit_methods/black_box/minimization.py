@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim.cbo.swarm import ParticleOptimizer
 from lit_methods.precision import load_unrounded
 
@@ -72,6 +73,10 @@ class LandscapeMinimization(LightningModule):
         self.methods = methods
         self.inner_steps, self.steps_per_epoch, self.tolerance = inner_steps, steps_per_epoch, tolerance
         self.points = nn.ModuleList(nn.ParameterList(torch.tensor(start) for _ in range(num_runs)) for _ in methods)
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     def forward(self, points: Tensor) -> Tensor:
         """Values ``(...)`` at points ``(..., d)``."""

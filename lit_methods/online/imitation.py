@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_methods.batches import ImitationBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim import SSO
 from lit_methods.precision import load_unrounded
 
@@ -55,6 +56,10 @@ class OnlineImitation(LightningModule):
         if zero_init:
             for p in policy.parameters():
                 nn.init.zeros_(p)
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     def forward(self, observations: Tensor) -> Tensor:
         """The policy's actions, ``(batch, action_size)``."""

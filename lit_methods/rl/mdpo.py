@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from lit_methods.batches import EpisodeBatch, RolloutBatch, TransitionBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim import MDPO, MDPOStepSize
 from lit_methods.precision import load_unrounded
 from lit_methods.rl.networks import RunningMoments, all_reduce_sum
@@ -42,6 +43,10 @@ class _Agent(LightningModule):
         self.register_load_state_dict_pre_hook(load_unrounded)
         self.automatic_optimization = False
         self.register_buffer("recent_returns", torch.full((_WINDOW,), math.nan))
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     def validation_step(self, batch: EpisodeBatch, batch_idx: int) -> None:
         """Log the mean return of evaluation episodes."""
@@ -480,6 +485,7 @@ class OffPolicyMDPO(_Agent):
 
     def on_train_start(self) -> None:
         """Build an actor from the anchor's parameters, which the optimizer renews in place."""
+        super().on_train_start()
         optimizer: Any = self._wrapped_optimizers()[0].optimizer
         anchor = copy.deepcopy(self.actor).requires_grad_(False)
         for name, value in optimizer.anchor_parameters(self.actor).items():

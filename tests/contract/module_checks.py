@@ -42,7 +42,7 @@ def check_resumes_beside_averages_of_weights(case: ModuleCase, folder: Path) -> 
 
 
 def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = write_config(case, folder, max_steps=STEPS, callbacks=resume_callbacks("run"))
+    config = write_config(case, folder, max_steps=STEPS, callbacks=resume_callbacks("run"), precision="64-true")
     run_here(monkeypatch, folder, "fit", "--config", config)
     path = folder / "run" / f"step={STEPS}.ckpt"
     saved = torch.load(path, weights_only=True)

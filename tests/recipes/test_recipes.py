@@ -30,6 +30,9 @@ def test_recipe_runs_and_resumes(name: str, tmp_path: Path) -> None:
     case = RECIPES[name]
     case.prepare(tmp_path)
     config = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] == "lit_methods.callbacks.LastCheckpoint":
+            callback.pop("init_args", None)  # every epoch; recipes choose longer intervals for epochs of a second
     check_resumes(tmp_path, config, case.overrides)
 
 
