@@ -42,12 +42,19 @@ def check_resumes_beside_averages_of_weights(case: ModuleCase, folder: Path) -> 
 
 
 def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = write_config(case, folder, max_steps=STEPS, callbacks=resume_callbacks("run"), precision="64-true")
+    config = write_config(case, folder, max_steps=STEPS, callbacks=resume_callbacks("run"))
     run_here(monkeypatch, folder, "fit", "--config", config)
     path = folder / "run" / f"step={STEPS}.ckpt"
     saved = torch.load(path, weights_only=True)
     rebuilt = type(case.make()).load_from_checkpoint(path, map_location="cpu", weights_only=True)
     assert_same(dict(rebuilt.state_dict()), dict(saved["state_dict"]), "rebuilt module")
+
+
+def check_loads_wider_weights_without_rounding(case: ModuleCase) -> None:
+    saved = case.make().double().state_dict()
+    module = case.make()
+    module.load_state_dict(saved)
+    assert_same(dict(module.state_dict()), dict(saved), "loaded module")
 
 
 def check_directly_built_module_saves_plain_data(
