@@ -15,6 +15,7 @@ from lit_methods.optim.cbo.consensus import alpha_for_sample_size, consensus_wei
 from lit_methods.optim.cbo.layout import ParticleLayout
 from lit_methods.optim.cbo.ranks import ParticleRanks
 from lit_methods.optim.cbo.settings import divisor
+from lit_methods.optim.foundation.closures import RepeatedClosure
 from lit_methods.optim.foundation.flat import by_column, by_parameter, is_dtensor, shards
 from lit_methods.optim.foundation.groups import check_nonnegative, check_real, check_shared
 
@@ -27,6 +28,7 @@ class ParticleOptimizer(Optimizer):
     The buffer is float32, or float64 where any parameter is. Parameters that do not require gradients are left alone.
     """
 
+    gradients_cleared = False
     state: dict[Any, Any]  # type: ignore[assignment]  # the swarm is no one parameter's: it has the key "swarm"
     _shared: tuple[str, ...] = ("num_particles", "num_runs", "alpha", "effective_sample_size", "alpha_growth")
     _by_particle: tuple[str, ...] = ("particles",)  # state of shape (runs, N, d)
@@ -59,6 +61,11 @@ class ParticleOptimizer(Optimizer):
         self._generator = None
         self._forget()
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.gradients_cleared = True
+        super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: each particle gets further coordinates, drawn like those at the start."""
@@ -183,8 +190,7 @@ class ParticleOptimizer(Optimizer):
             return None
         loss, losses_of = None, closure
         if not needs_argument(closure):
-            with torch.enable_grad():
-                loss = losses_of = closure()
+            loss = losses_of = RepeatedClosure(self, closure)()
             if loss is None:
                 return None
         evaluate = (
