@@ -138,7 +138,6 @@ class MDPO(Adam):
             "anchor": anchor,
             "anchor_interval": anchor_interval,
             "max_grad_norm": max_grad_norm,
-            "outer_steps": 0,
         }
         self.defaults |= ours
         for group in self.param_groups:
@@ -173,7 +172,7 @@ class MDPO(Adam):
             The closure's first loss, the one at the anchor.
         """
         shared = self.param_groups[0]
-        if shared["anchor"] == "parameters" and shared["outer_steps"] % (shared["anchor_interval"] or 1) == 0:
+        if shared["anchor"] == "parameters" and self._outer_steps() % (shared["anchor_interval"] or 1) == 0:
             self.refresh_anchor()
         if closure is None:
             if any(group["lr"] != 0 for group in self.param_groups):
@@ -198,9 +197,14 @@ class MDPO(Adam):
                 _adam_step(self)
         finally:
             run.anchors, run.inner_step = [], None
-        for group in self.param_groups:
-            group["outer_steps"] += 1
+        outer_steps = self._outer_steps() + 1
+        for p in self.state:
+            if "exp_avg" in self.state[p]:  # Adam takes any other state for its own
+                self.state[p]["outer_steps"] = outer_steps
         return first
+
+    def _outer_steps(self) -> int:
+        return max((state.get("outer_steps", 0) for state in self.state.values()), default=0)
 
     def proximity(
         self, policy: Distribution | Tensor, mask: Tensor | None = None, anchor: Distribution | Tensor | None = None
@@ -281,8 +285,6 @@ class MDPO(Adam):
             if key in self.defaults and param_group.get(key, self.defaults[key]) != self.defaults[key]:
                 raise ValueError(f"{key} is shared by all parameter groups, got {param_group[key]!r} for one of them")
         super().add_param_group(param_group)
-        if "outer_steps" in self.defaults:
-            self.param_groups[-1]["outer_steps"] = self.param_groups[0]["outer_steps"]
 
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Adam takes any entry in a parameter's state for its own: keep the anchor away from it."""

@@ -83,3 +83,16 @@ def check_gradients(params: Sequence[Tensor], name: str) -> None:
     """Refuse sparse gradients in the name of the optimizer."""
     if any(p.grad is not None and p.grad.layout is not torch.strided for p in params):
         raise RuntimeError(f"{name} does not support sparse gradients; build the embedding with sparse=False")
+
+
+def count_round(state: dict[Any, dict[str, Any]], group: dict[str, Any], params: Sequence[Tensor]) -> int:
+    """Count one more round of the group, in the state of ``params``, which take part in it; the number from 1."""
+    number = rounds_so_far(state, group) + 1
+    for p in params:
+        state[p]["rounds"] = number
+    return number
+
+
+def rounds_so_far(state: dict[Any, dict[str, Any]], group: dict[str, Any]) -> int:
+    """Rounds of the group: of the parameter that has seen the most."""
+    return max((state[p].get("rounds", 0) for p in group["params"] if p in state), default=0)
