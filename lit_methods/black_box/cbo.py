@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lit_methods.batches import SupervisedBatch
 from lit_methods.optim import CBO, particle_losses
-from lit_methods.optim.particles import ParticleOptimizer
+from lit_methods.optim.cbo.swarm import ParticleOptimizer
 from lit_methods.supervised import SupervisedModule
 
 __all__ = ["CBOModule"]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.hyperparameters import live_arguments
-from lit_methods.optim.particles import ParticleOptimizer
+from lit_methods.optim.cbo.swarm import ParticleOptimizer
 
 __all__ = ["LandscapeMinimization"]
 

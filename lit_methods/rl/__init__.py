@@ -1,12 +1,5 @@
 """Reinforcement learning."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from lit_methods._lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from lit_methods.rl.mdpo import OffPolicyMDPO, OnPolicyMDPO
-
-__all__ = ["OffPolicyMDPO", "OnPolicyMDPO"]
-
-__getattr__, __dir__ = lazy_exports(__name__, {"OffPolicyMDPO": "mdpo", "OnPolicyMDPO": "mdpo"})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

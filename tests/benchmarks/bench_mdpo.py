@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_methods.datamodules import D4RLDataModule, ReplayDataModule, RolloutDataModule, save_transitions_hdf5
-from lit_methods.datamodules.environments import evaluate
+from lit_methods.datamodules.rl.environments import evaluate
 from lit_methods.optim import MDPO
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.networks import GaussianPolicy, TanhGaussianActor, TwinCritic, ValueNetwork

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lit_methods.datamodules import FashionMNISTDataModule
 from lit_methods.nets import MLP, CIFARResNet
 from lit_methods.optim import MFAC, FisherInverse, collect_gradients
-from lit_methods.optim.gradient_window import _solve
+from lit_methods.optim.mfac.window import _solve
 from tests.benchmarks import harness
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,7 +31,7 @@ import lightning as L
 import torch
 
 from lit_methods.callbacks import SFTWarmup
-from lit_methods.callbacks.export_hf import ExportHF
+from lit_methods.callbacks.llm.export_hf import ExportHF
 from lit_methods.datamodules import PromptDataModule, WordGameDataModule
 from lit_methods.llm import FunctionJudge, NashMP
 from lit_methods.llm.judges import query_judge

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.contract.cases import CallbackCase
+from tests.contract.cases.kinds import CallbackCase
 from tests.contract.compare import assert_same
 
 

@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch import LightningDataModule
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tests.contract.cases import DataModuleCase
+from tests.contract.cases.kinds import DataModuleCase
 from tests.contract.compare import assert_same
 
 

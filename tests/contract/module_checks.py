@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from tests.cli import run_here, run_new_process
-from tests.contract.cases import ModuleCase
+from tests.contract.cases.kinds import ModuleCase
 from tests.contract.compare import assert_same
 
 STEPS = 3

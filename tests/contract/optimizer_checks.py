@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tests.contract.cases import OptimizerCase
+from tests.contract.cases.kinds import OptimizerCase
 from tests.contract.compare import assert_same
 from tests.distributed.launch import run_ranks
 

@@ -36,7 +36,7 @@ CHECKS: dict[str, list[Callable[..., None]]] = {
 def test_piece(
     kind: str, piece: str, check: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert piece in CASES[kind], f"{piece} is public but has no case in tests/contract/cases.py"
+    assert piece in CASES[kind], f"{piece} is public but has no case in tests/contract/cases/"
     case = CASES[kind][piece]
     if reason := case.not_applicable.get(check.__name__):
         pytest.skip(reason)

@@ -1,33 +1,43 @@
-"""Lazy packages export the same names to people, to type checkers and at run time."""
+"""What a folder's stub or list names can be imported from the folder, and former places warn."""
 
 import ast
 import importlib
+import sys
 
 import pytest
 
+from lit_methods import _moved
 from tests.contract.pieces import ROOT
 
-LAZY = sorted(
-    path.parent
-    for folder in ("lit_methods", "callbacks", "datamodules")
-    for path in (ROOT / folder).rglob("__init__.py")
-    if "lazy_exports(__name__" in path.read_text() and not path.parent.is_symlink()
-)
+FOLDERS = ("lit_methods", "callbacks", "datamodules")
+STUBS = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("__init__.pyi"))
 
 
-@pytest.mark.parametrize("folder", LAZY, ids=lambda folder: folder.name)
-def test_names_agree(folder) -> None:
-    parts = folder.relative_to(ROOT).parts
+@pytest.mark.parametrize("stub", STUBS, ids=lambda path: path.parent.name)
+def test_stub_agrees_with_the_package(stub) -> None:
+    parts = stub.parent.relative_to(ROOT).parts
     package = importlib.import_module(".".join(parts if parts[0] == "lit_methods" else ("lit_methods", *parts)))
-    tree = ast.parse((folder / "__init__.py").read_text())
-    typed = [
-        alias.name
-        for block in tree.body
-        if isinstance(block, ast.If)
-        for node in block.body
+    names = [
+        alias.asname
+        for node in ast.parse(stub.read_text()).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     ]
-    assert sorted(package.__all__) == sorted(typed) == dir(package)
-    for name in package.__all__:
-        assert getattr(package, name).__name__ == name
+    assert sorted(package.__all__) == sorted(names) == sorted(dir(package))
+    for name in names:
+        assert getattr(package, name).__name__.rpartition(".")[2] == name
+
+
+@pytest.mark.parametrize("package", [f"lit_methods.optim.{f}" for f in ("mfac", "sso", "cbo", "optimistic")])
+def test_the_public_optimizers_are_those_of_the_folders(package) -> None:
+    optim = importlib.import_module("lit_methods.optim")
+    folder = importlib.import_module(package)
+    assert {name: getattr(optim, name) for name in folder.__all__} == {n: getattr(folder, n) for n in folder.__all__}
+
+
+@pytest.mark.parametrize("old", sorted(_moved.MOVED))
+def test_a_former_module_warns_and_gives_the_new_one(old: str) -> None:
+    sys.modules.pop(old, None)
+    with pytest.warns(FutureWarning, match=f"{old} has moved: import from {_moved.MOVED[old]}"):
+        module = importlib.import_module(old)
+    assert module is importlib.import_module(_moved.MOVED[old])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.contract import callback_checks, datamodule_checks, module_checks, optimizer_checks, test_contract
-from tests.contract.cases import CallbackCase, DataModuleCase, ModuleCase, OptimizerCase
+from tests.contract.cases.kinds import CallbackCase, DataModuleCase, ModuleCase, OptimizerCase
 from tests.contract.layers import forbidden_imports
 from tests.contract.pieces import ROOT
 from tests.recipes import recipe_checks

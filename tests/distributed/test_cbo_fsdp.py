@@ -24,7 +24,7 @@ from lit_methods.optim import (
     PolarizedCBO,
     particle_losses,
 )
-from lit_methods.optim.particles import ParticleOptimizer
+from lit_methods.optim.cbo.swarm import ParticleOptimizer
 from tests.distributed.launch import run_ranks
 from tests.new_processes import act_as_torchrun
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_methods.optim import MFAC
-from lit_methods.optim.flat_parameters import is_dtensor, local_tensor
+from lit_methods.optim.foundation.flat import is_dtensor, local_tensor
 from tests.distributed.launch import run_ranks
 from tests.new_processes import act_as_torchrun
 

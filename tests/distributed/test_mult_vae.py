@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from tests.cli import run_new_process
-from tests.interaction_files import write_u_data
+from tests.standins.interaction_files import write_u_data
 
 TRAIN_USERS, HELDOUT = 32, 15  # 15 users do not divide by 2: nobody may be counted twice
 

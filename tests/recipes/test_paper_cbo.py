@@ -11,7 +11,7 @@ from lit_methods.datamodules import MNISTDataModule
 from lit_methods.nets import PostNormCNN, PostNormMLP
 from tests.cli import run_here
 from tests.contract.pieces import ROOT
-from tests.idx_files import write_mnist
+from tests.standins.idx_files import write_mnist
 
 
 def recipe(name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import yaml
 
 from tests.cli import run_here
 from tests.contract.pieces import ROOT
-from tests.idx_files import write_mnist
+from tests.standins.idx_files import write_mnist
 
 NAME = "sinkhorn_newton_sparse/paper_tables"
 
@@ -29,7 +29,7 @@ def test_runs_on_files_of_mnists_layout(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_names_the_missing_files(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("lit_methods.datamodules.mnist.fetch", _offline)
+    monkeypatch.setattr("lit_methods.datamodules.images.mnist.fetch", _offline)
     with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
         run_here(monkeypatch, tmp_path, "fit", "--config", NAME)
 

@@ -25,7 +25,7 @@ def test_recipe_is_documented_and_parses(
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.rpartition("/")[2].startswith("paper_")])
 def test_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert name in RECIPES, f"recipe {name} has no case in tests/contract/cases.py"
+    assert name in RECIPES, f"recipe {name} has no case in tests/contract/cases/"
     case = RECIPES[name]
     case.prepare(tmp_path)
     run_here(monkeypatch, tmp_path, "fit", "--config", name, *case.overrides)

@@ -5,7 +5,6 @@ import torch
 from lightning.pytorch import Trainer
 
 from lit_methods.black_box import GrandCanyon, LandscapeMinimization
-from lit_methods.black_box.langevin import AnnealedLangevin
 from lit_methods.callbacks import LandscapePaths
 from lit_methods.optim import CBO, ConsensusHopping
 
@@ -45,16 +44,3 @@ def test_particles_pass_the_barrier_and_gradients_do_not(tmp_path) -> None:
     assert torch.equal(paths.paths["cbo"][0], torch.full((5, 2), 8.0))
     positions = module.positions()["cbo"]
     assert positions.unique(dim=0).shape == (5, 2), "runs of one method must be independent"
-
-
-def test_langevin_is_gradient_descent_with_noise_that_dies_down() -> None:
-    x = torch.nn.Parameter(torch.zeros(50_000))
-    optimizer = AnnealedLangevin([x], lr=0.04, sigma=2.0)
-    for k in (1, 2, 3):
-        x.data.zero_()
-        x.grad = torch.full_like(x, 5.0)
-        optimizer.step()
-        assert float(x.detach().mean()) == pytest.approx(-0.2, abs=0.02)
-        assert float(x.detach().std()) == pytest.approx(2.0 / math.log(k + 1) * 0.2, rel=0.02)
-    with pytest.raises(ValueError, match="lr and sigma must be"):
-        AnnealedLangevin([x], lr=-1.0)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lit_methods.optim import Ball, Box, L1Ball, Simplex
 from lit_methods.optim.constraints import project_l1_ball, project_simplex, weighted_ball_multiplier
-from lit_methods.optim.optimistic_newton import project_matrix_ball
+from lit_methods.optim.optimistic.newton import project_matrix_ball
 
 SETS = {
     "box": Box(-0.5, 0.3),

@@ -13,7 +13,7 @@ from lit_methods.batches import InteractionBatch
 from lit_methods.datamodules import MovieLensDataModule
 from lit_methods.vi import MultDAE, MultVAE
 from lit_methods.vi.mult_vae import _NegativeLogLikelihood, gaussian_kl
-from tests.interaction_files import write_u_data
+from tests.standins.interaction_files import write_u_data
 
 USERS, ITEMS = 7, 12
 

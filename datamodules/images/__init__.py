@@ -1,0 +1,15 @@
+"""Images."""
+
+from lit_methods.datamodules.images.cifar import CIFAR10DataModule, CIFAR100DataModule
+from lit_methods.datamodules.images.digit_points import DigitPointsDataModule
+from lit_methods.datamodules.images.digits import DigitsDataModule
+from lit_methods.datamodules.images.mnist import FashionMNISTDataModule, MNISTDataModule
+
+__all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "DigitPointsDataModule",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "MNISTDataModule",
+]

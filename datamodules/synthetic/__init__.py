@@ -1,0 +1,7 @@
+"""Data drawn from a formula."""
+
+from lit_methods.datamodules.synthetic.matrix_factorization import MatrixFactorizationDataModule
+from lit_methods.datamodules.synthetic.online_streams import DriftingDigitsDataModule, SEADataModule
+from lit_methods.datamodules.synthetic.sensing import SensingDataModule
+
+__all__ = ["DriftingDigitsDataModule", "MatrixFactorizationDataModule", "SEADataModule", "SensingDataModule"]

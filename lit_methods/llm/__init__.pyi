@@ -1,0 +1,14 @@
+from .judges import EnsembleJudge as EnsembleJudge
+from .judges import FunctionJudge as FunctionJudge
+from .judges import HTTPJudge as HTTPJudge
+from .judges import PairwiseJudge as PairwiseJudge
+from .judges import PairwiseModelJudge as PairwiseModelJudge
+from .judges import RewardModelJudge as RewardModelJudge
+from .judges import ScoreJudge as ScoreJudge
+from .nash_loss import nash_prox_loss as nash_prox_loss
+from .nash_mp import NashMP as NashMP
+from .sampling import LocalSampler as LocalSampler
+from .sampling import Sampler as Sampler
+from .sampling import VLLMSampler as VLLMSampler
+from .sequence_classification import SequenceClassification as SequenceClassification
+from .sft import SupervisedFineTuning as SupervisedFineTuning

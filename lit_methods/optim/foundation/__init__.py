@@ -1,0 +1,1 @@
+"""What several optimizers need: flat views of parameters, ranks, settings of groups."""

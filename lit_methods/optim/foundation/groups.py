@@ -1,0 +1,48 @@
+"""What optimizers check of the settings and gradients of their parameter groups, in the same words."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_positive(**values: Any) -> None:
+    """Raise unless each value is a finite number > 0; None passes."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0 and finite, got {value}")
+
+
+def check_nonnegative(**values: Any) -> None:
+    """Raise unless each value is a finite number >= 0; None passes."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+
+
+def check_at_least(least: int, **values: int | None) -> None:
+    """Raise unless each value is an integer >= ``least``; None passes."""
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_fractions(**values: float | None) -> None:
+    """Raise unless each value is in [0, 1); None passes."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_gradients(params: Sequence[Tensor], name: str) -> None:
+    """Refuse sparse gradients in the name of the optimizer."""
+    if any(p.grad is not None and p.grad.layout is not torch.strided for p in params):
+        raise RuntimeError(f"{name} does not support sparse gradients; build the embedding with sparse=False")

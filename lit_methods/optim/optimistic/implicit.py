@@ -1,0 +1,197 @@
+r"""Optimistic online mirror descent with implicit updates, for losses that are not smooth.
+
+The extension of arXiv 2302.04552 in JMLR 25(178), 2024: the guess of the next loss is the last *function*, not its
+gradient. The form below is recalled from the paper, not read in it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lit_methods.optim.constraints import Constraint, apply_constraint
+from lit_methods.optim.foundation.groups import check_gradients, check_positive
+from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient, state_dtype
+
+__all__ = ["ImplicitOMD", "prox_absolute", "prox_hinge"]
+
+Prox = Callable[[Tensor, Tensor], Tensor]
+
+
+class ImplicitOMD(OnlineOptimizer):
+    r"""Euclidean optimistic mirror descent that plays a proximal point of the last loss.
+
+    After the gradient :math:`g_t` at the played point,
+
+    .. math::
+        \hat x_{t+1} = \Pi[\hat x_t - \eta_t g_t], \qquad
+        x_{t+1} = \arg\min_{x \in X} f_t(x) + \|x - \hat x_{t+1}\|^2 / (2 \eta_{t+1}),
+
+    with :math:`\eta_t = lr / \sqrt{4 G^2 + \sum_{s<t} \|\nabla f_s(x_s) - \nabla f_{s-1}(x_s)\|^2}`: gradients of
+    successive functions at one point are compared, so no smoothness is needed.
+
+    :meth:`step` needs a closure that evaluates the same loss whenever it is called. Without ``prox`` the proximal point
+    is approximated by ``inner_steps`` gradient steps of size :math:`2 \eta / (j + 1)`, j = 1, 2, ... The closure is
+    called ``2 + inner_steps`` times (twice with ``prox``), each time with gradients enabled: once at the played point,
+    in the inner steps, and once at the next point, where the gradient of the last loss is kept. In a Lightning Trainer
+    each call repeats ``training_step``. Under DDP each call averages gradients, so ranks stay identical.
+
+    State: 8 bytes a parameter. No host synchronisation.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: the diameter D of the set, >= 0.
+        inner_steps: gradient steps for the proximal point, >= 1.
+        grad_bound: G > 0; None takes the largest gradient norm so far (practical, not in the paper).
+        constraint: a set of :mod:`lit_methods.optim.constraints`, or your own orthogonal projection of one tensor.
+        weight_decay: L2 coefficient >= 0, part of the loss.
+        maximize: ascend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, or DTensor parameters.
+        RuntimeError: in :meth:`step`, without a closure (as under a GradScaler, 16-mixed; use bf16-mixed), or for
+            sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1.0,
+        inner_steps: int = 5,
+        *,
+        grad_bound: float | None = None,
+        constraint: Constraint | Callable[[Tensor], Tensor] | None = None,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+    ) -> None:
+        if inner_steps < 1:
+            raise ValueError(f"inner_steps must be >= 1, got {inner_steps}")
+        self._inner_steps = inner_steps
+        self._constraint = constraint
+        super().__init__(
+            params, {"lr": lr, "grad_bound": grad_bound, "weight_decay": weight_decay, "maximize": maximize}
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_inner_steps": self._inner_steps, "_constraint": self._constraint}
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_positive(grad_bound=group["grad_bound"])
+        if not 0 <= group["weight_decay"] < float("inf"):
+            raise ValueError(f"weight_decay must be >= 0 and finite, got {group['weight_decay']}")
+        if not any(p.is_meta for p in group["params"]):
+            with torch.no_grad():
+                self._play(group["params"], [p.to(state_dtype(p)) for p in group["params"]])
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, prox: Prox | None = None
+    ) -> float | None:
+        """Take one round.
+
+        Args:
+            closure: sets the gradients at the present parameters (zeroing them first) and returns the loss.
+            prox: ``prox(x_hat, eta)`` returns the proximal point of the loss (within the constraint, if there is one),
+                for an optimizer of a single parameter; see :func:`prox_absolute` and :func:`prox_hinge`.
+
+        Returns:
+            The loss at the played point.
+        """
+        groups = [group for group in self.param_groups if group["lr"] > 0]
+        if closure is None and groups:
+            raise RuntimeError(
+                "ImplicitOMD.step needs a closure, which a GradScaler (16-mixed) does not pass: use bf16-mixed"
+            )
+        if closure is None:
+            return None
+        evaluate = torch.enable_grad()(closure)
+        loss = evaluate()
+        active = [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
+        active = [(group, params) for group, params in active if params]
+        steps = [self._learn(group, params) for group, params in active]
+        for j in range(1, self._inner_steps + 1 if prox is None else 2):
+            if prox is None:
+                evaluate()
+            for (group, params), eta in zip(active, steps, strict=True):
+                anchors = [self.state[p]["anchor"] for p in params]
+                if prox is not None:
+                    self._play(params, [prox(anchor, eta) for anchor in anchors])
+                    continue
+                moved = []
+                for p, anchor in zip(params, anchors, strict=True):
+                    x = p.to(anchor.dtype)
+                    moved.append(x - 2 / (j + 1) * (eta * loss_gradient(p, group) + x - anchor))
+                self._play(params, moved)
+        evaluate()
+        for group, params in active:
+            for p in params:
+                self.state[p]["guess"].copy_(loss_gradient(p, group))
+        return loss
+
+    def _learn(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
+        """x-hat, and the parameters at it; returns the next step size."""
+        check_gradients(params, "ImplicitOMD")
+        shared = next((self.state[p] for p in group["params"] if self.state.get(p)), None)
+        for p in params:
+            state, dtype = self.state[p], state_dtype(p)
+            if not state:
+                state.update(anchor=p.detach().to(dtype, copy=True), guess=torch.zeros_like(p, dtype=dtype))
+                for name in ("variation", "max_square"):
+                    state[name] = torch.zeros((), dtype=dtype, device=p.device)
+            if shared is not None:
+                state.update(variation=shared["variation"], max_square=shared["max_square"])
+            shared = state if shared is None else shared
+        states = [self.state[p] for p in params]
+        variation, largest = states[0]["variation"], states[0]["max_square"]
+        gradients = [loss_gradient(p, group) for p in params]
+        square = torch.stack([g.square().sum().to(variation.device) for g in gradients]).sum()
+        if group["grad_bound"] is not None:
+            square = torch.full_like(square, group["grad_bound"] ** 2)
+        eta = self._step_size(group, torch.where(largest > 0, largest, square), variation)
+        errors = [(g - s["guess"]).square().sum() for g, s in zip(gradients, states, strict=True)]
+        variation.add_(torch.stack([e.to(variation.device) for e in errors]).sum())
+        torch.maximum(largest, square, out=largest)
+        anchors = [s["anchor"] - eta * g for s, g in zip(states, gradients, strict=True)]
+        for state, x in zip(states, apply_constraint(self._constraint, anchors), strict=True):
+            state["anchor"].copy_(x)
+        self._play(params, [s["anchor"] for s in states])
+        return self._step_size(group, largest, variation)
+
+    @staticmethod
+    def _step_size(group: dict[str, Any], bound: Tensor, variation: Tensor) -> Tensor:
+        under = 4 * bound + variation
+        return torch.where(under > 0, group["lr"] * under.rsqrt(), 0.0)
+
+    def _play(self, params: list[Tensor], points: list[Tensor]) -> None:
+        for p, x in zip(params, apply_constraint(self._constraint, points), strict=True):
+            p.copy_(x)
+
+
+def prox_absolute(x: Tensor, a: Tensor, b: Tensor | float, eta: Tensor | float) -> Tensor:
+    """Minimiser of ``|a . u - b| + ||u - x||^2 / (2 eta)``: a step along ``a`` that stops where the residual is 0.
+
+    Args:
+        x: (d,).
+        a: (d,).
+        b: scalar.
+        eta: > 0.
+    """
+    residual = a @ x - b
+    c = (residual / (eta * (a @ a)).clamp(min=1e-30)).clamp(-1, 1)
+    return x - eta * c * a
+
+
+def prox_hinge(x: Tensor, a: Tensor, y: Tensor | float, eta: Tensor | float) -> Tensor:
+    """Minimiser of ``max(0, 1 - y a . u) + ||u - x||^2 / (2 eta)`` (the passive-aggressive step, PA-I).
+
+    Args:
+        x: (d,).
+        a: (d,).
+        y: -1 or 1.
+        eta: > 0.
+    """
+    slack = 1 - y * (a @ x)
+    c = (slack / (eta * (a @ a)).clamp(min=1e-30)).clamp(0, 1)
+    return x + eta * c * y * a

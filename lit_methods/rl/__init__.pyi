@@ -1,0 +1,2 @@
+from .mdpo import OffPolicyMDPO as OffPolicyMDPO
+from .mdpo import OnPolicyMDPO as OnPolicyMDPO

@@ -1,0 +1,11 @@
+from .generator import OTGenerator as OTGenerator
+from .point_clouds import grid_points as grid_points
+from .point_clouds import point_cost as point_cost
+from .registration import PointRegistration as PointRegistration
+from .sinkhorn_newton_sparse import OTResult as OTResult
+from .sinkhorn_newton_sparse import SinkhornNewton as SinkhornNewton
+from .sinkhorn_newton_sparse import sinkhorn_newton as sinkhorn_newton
+from .wasserstein import OTLoss as OTLoss
+from .wasserstein import SinkhornAssignment as SinkhornAssignment
+from .wasserstein import WassersteinDistance as WassersteinDistance
+from .wasserstein import wasserstein_distance as wasserstein_distance
