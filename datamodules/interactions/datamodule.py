@@ -211,9 +211,10 @@ class InteractionsDataModule(TensorDataModule):
             raise ValueError(f"Invalid cache_dir={self.cache_dir!r}: must be None for interactions in memory.")
         path = Path(self.interactions)
         if not path.is_file():
+            columns = ", ".join(str(column) for column in self.columns if column is not None)
             raise FileNotFoundError(
                 f"{type(self).__name__} lacks {path.absolute()}: pass interactions=<path of your table with columns "
-                f"{', '.join(str(column) for column in self.columns if column is not None)}, or of a scipy sparse matrix in .npz>."
+                f"{columns}, or of a scipy sparse matrix in .npz>."
             )
         return [path]
 
