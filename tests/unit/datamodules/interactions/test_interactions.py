@@ -451,7 +451,7 @@ def test_damaged_files_are_named(tmp_path) -> None:
     whole = (tmp_path / "m.npz").read_bytes()
     for damaged in (whole[:100], whole[:-30], b"", b"text"):
         (tmp_path / "m.npz").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"m\.npz is damaged, or not a scipy sparse matrix"):
+        with pytest.raises(ValueError, match=r"m\.npz is damaged or not a scipy sparse matrix"):
             InteractionsDataModule(tmp_path / "m.npz").setup("fit")
     with zipfile.ZipFile(tmp_path / "ml-20m.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("ml-20m/ratings.csv", ratings_csv(synthetic()))
