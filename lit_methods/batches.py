@@ -129,6 +129,24 @@ class TokenBatch(NamedTuple):
     labels: Tensor
 
 
+class Spaces(NamedTuple):
+    """What an environment or a data set takes and gives; networks get sizes and bounds that were left out from it.
+
+    Attributes:
+        observation_shape: shape of one observation.
+        num_actions: number of discrete actions; 0 if actions are continuous.
+        low: smallest value of each number of a continuous action, -inf where it has none; empty for discrete ones.
+        high: largest value of each.
+        observed: ``low`` and ``high`` are no bounds but the extremes of recorded actions.
+    """
+
+    observation_shape: tuple[int, ...]
+    num_actions: int
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    observed: bool = False
+
+
 class RolloutBatch(NamedTuple):
     """What ``N`` environments did in ``T`` steps under the policy that is about to be updated.
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from lit_methods.datamodules.download import fetch
 from lit_methods.datamodules.interactions.datamodule import InteractionsDataModule
 from lit_methods.datamodules.interactions.files import Events, read_netflix, read_table
+from lit_methods.datamodules.reading import reading
 
 _TABLES: dict[str, tuple[str, tuple[str | int, str | int, str | int]]] = {
     "ratings.csv": (",", ("userId", "movieId", "rating")),
@@ -145,11 +146,8 @@ class MovieLensDataModule(InteractionsDataModule):
 
 
 def _in_archive(path: Path) -> tuple[Path, str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is damaged or not a zip archive ({error}). Delete it and fetch it again.") from error
+    with reading(path, "a zip archive"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     for name in names:
         if name.rpartition("/")[2] in _TABLES or name.endswith(".inter"):
             return path, name

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_methods.batches import EpisodeBatch
+from lit_methods.batches import EpisodeBatch, Spaces
 from lit_methods.datamodules.tensors import check_int
 
 try:
     import gymnasium as gym
-    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('environments need gymnasium: pip install "lit-methods[rl]"') from error
 
@@ -103,7 +103,6 @@ class Collector:
         makers = [partial(_seeded, factory, env_kwargs, seed, i) for i in range(num_envs)]
         kind = SyncVectorEnv if vectorization == "sync" else AsyncVectorEnv
         self.envs: SyncVectorEnv | AsyncVectorEnv = kind(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-        check_spaces(self.envs)
         space = self.envs.single_action_space
         self.bounds = (space.low, space.high) if isinstance(space, gym.spaces.Box) else None
         self.steps = 0
@@ -197,10 +196,24 @@ class EnvironmentDataModule(pl.LightningDataModule):
         super().__init__()
         self.record_to = record_to
         self._collector: Collector | None = None
+        self._spaces: Spaces | None = None
         self.env = env
         self.env_kwargs = env_kwargs or {}
         self.num_eval_episodes = check_int("num_eval_episodes", num_eval_episodes, 1)
         self.seed = check_int("seed", seed, 0)
+
+    @property
+    def spaces(self) -> Spaces:
+        """What the environment takes and gives.
+
+        Raises:
+            ValueError: spaces that the methods cannot use.
+        """
+        if self._spaces is None:
+            env = make_env(self.env, self.env_kwargs)
+            self._spaces = spaces_of(env.observation_space, env.action_space)
+            env.close()
+        return self._spaces
 
     def val_dataloader(self) -> StatefulDataLoader:
         """One batch: the evaluation episodes of this rank."""
@@ -275,13 +288,12 @@ def make_env(factory: EnvFactory, env_kwargs: dict[str, Any]) -> gym.Env:
     return gym.make(factory, disable_env_checker=True, **env_kwargs)
 
 
-def check_spaces(envs: VectorEnv) -> None:
-    """Refuse spaces that the methods cannot use.
+def spaces_of(observations: gym.Space, actions: gym.Space) -> Spaces:
+    """What networks need to know of them.
 
     Raises:
-        ValueError: observations are no Box, or actions neither a Discrete nor a bounded Box.
+        ValueError: observations are no Box, or actions neither a Discrete nor a Box of one dimension.
     """
-    observations, actions = envs.single_observation_space, envs.single_action_space
     if not isinstance(observations, gym.spaces.Box):
         raise ValueError(
             f"observation space {observations} is not a Box; flatten it with gymnasium.wrappers.FlattenObservation"
@@ -289,12 +301,10 @@ def check_spaces(envs: VectorEnv) -> None:
     if isinstance(actions, gym.spaces.Discrete):
         if actions.start != 0:
             raise ValueError(f"action space {actions} must start at 0")
-    elif not isinstance(actions, gym.spaces.Box) or actions.shape is None or len(actions.shape) != 1:
+        return Spaces(observations.shape, int(actions.n), (), ())
+    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         raise ValueError(f"action space {actions} must be a Discrete or a Box of one dimension")
-    elif not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
-        raise ValueError(
-            f"action space {actions} has no finite bounds; give it some with gymnasium.wrappers.RescaleAction or Clip"
-        )
+    return Spaces(observations.shape, 0, tuple(actions.low.tolist()), tuple(actions.high.tolist()))
 
 
 def evaluate(

@@ -26,7 +26,7 @@ class RolloutDataModule(EnvironmentDataModule):
 
     Args:
         env: gymnasium id, or a function that builds an environment. Observations must be a Box, actions a Discrete or
-            a bounded Box, to whose bounds actions are clipped on their way (not in the batch).
+            a Box of one dimension, to whose bounds actions are clipped on their way (not in the batch).
         num_envs: N, environments on each rank, >= 1.
         rollout_steps: T, steps of each environment per batch, >= 1.
         iterations_per_epoch: batches per epoch, >= 1.
@@ -63,6 +63,7 @@ class RolloutDataModule(EnvironmentDataModule):
 
     def setup(self, stage: str) -> None:
         """Build the training environments."""
+        assert self.spaces  # refuses others
         if stage == "fit" and self._collector is None:
             self._collector = self._collect(self.num_envs, self.vectorization)
 

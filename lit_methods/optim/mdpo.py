@@ -251,6 +251,11 @@ class MDPO(Adam):
                 f"the policy has parameters of shapes {shapes}, its anchor {expected}: all inner steps must see the "
                 "same batch (for mini-batches use anchor='parameters')"
             )
+        if mask is not None:
+            batch = shapes[0][: len(shapes[0]) - event_dims - (family not in (Normal, Bernoulli))]
+            if tuple(mask.shape) != batch:
+                raise ValueError(f"mask must have the shape of the batch, {batch}, got {tuple(mask.shape)}")
+            parameters, anchor_parameters = _masked(parameters, mask), _masked(anchor_parameters, mask)
         values = _bregman(family, parameters, anchor_parameters, shared["q"])
         values = values.sum(tuple(range(-event_dims, 0))) if event_dims else values
         divergence = values.mean() if mask is None else (values * mask).sum() / mask.sum().clamp(min=1)
@@ -388,6 +393,11 @@ def _parse(policy: Distribution | Tensor) -> tuple[type[Distribution], tuple[Ten
         f"policy must be {names_}, one of them within Independent or TransformedDistribution, or a tensor of logits, "
         f"got {type(policy).__name__}"
     )
+
+
+def _masked(parameters: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
+    """1 in place of what the mask drops, which may be NaN and would still be so after a product with 0."""
+    return tuple(torch.where(mask.bool().view(*mask.shape, *[1] * (p.ndim - mask.ndim)), p, 1.0) for p in parameters)
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -86,6 +86,27 @@ def test_tensors_are_logits_and_masks_choose_tokens():
     torch.testing.assert_close(found, 2 * kl[mask.bool()].mean())
 
 
+@pytest.mark.parametrize("family", ["logits", "normal"])
+def test_what_the_mask_drops_may_be_nan(family):
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    old, new = (torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    optimizer = MDPO([nn.Parameter(torch.zeros(()))], anchor="parameters")
+
+    def policy(x):
+        return x if family == "logits" else Independent(Normal(x, 1.0, validate_args=False), 1)
+
+    expected = optimizer.proximity(policy(new), mask, policy(old))
+    for broken in (old, new):
+        broken[~mask.bool()] = math.nan
+    new.requires_grad_()
+    found = optimizer.proximity(policy(new), mask, policy(old))
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert new.grad.isfinite().all()
+    with pytest.raises(ValueError, match=r"mask must have the shape of the batch, \(2, 3\), got \(2, 3, 7\)"):
+        optimizer.proximity(policy(new), mask[..., None].expand(2, 3, 7), policy(old))
+
+
 def test_masked_actions_give_finite_gradients():
     new = torch.tensor([[0.3, -math.inf, 1.0]], requires_grad=True)
     optimizer = MDPO([nn.Parameter(torch.zeros(()))], anchor="parameters")

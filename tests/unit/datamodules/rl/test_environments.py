@@ -132,7 +132,6 @@ def test_episodes_have_seeds_of_their_own():
     ("spaces", "message"),
     [
         ({"observation_space": gym.spaces.Dict(x=gym.spaces.Box(0, 1))}, "is not a Box; flatten"),
-        ({"action_space": gym.spaces.Box(-np.inf, np.inf, (1,))}, "has no finite bounds"),
         ({"action_space": gym.spaces.Box(0, 1, (1, 2))}, "Discrete or a Box of one dimension"),
         ({"action_space": gym.spaces.MultiDiscrete([2, 2])}, "Discrete or a Box of one dimension"),
         ({"action_space": gym.spaces.Discrete(3, start=1)}, "must start at 0"),
@@ -143,9 +142,29 @@ def test_spaces_that_do_not_fit(spaces, message):
         RolloutDataModule(Counter, env_kwargs=spaces).setup("fit")
 
 
-def test_replay_refuses_discrete_actions():
-    with pytest.raises(ValueError, match="use RolloutDataModule"):
-        ReplayDataModule("CartPole-v1").setup("fit")
+@pytest.mark.parametrize(
+    ("spaces", "message"),
+    [
+        ({"action_space": gym.spaces.Discrete(3)}, "use RolloutDataModule"),
+        ({"action_space": gym.spaces.Box(-np.inf, np.inf, (1,))}, r"finite bounds, got \(-inf,\) and \(inf,\)"),
+        ({"observation_space": gym.spaces.Box(0, 1, (2, 3))}, r"one dimension, got shape \(2, 3\): flatten"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_spaces_that_do_not_fit_off_policy(spaces, message, stage):
+    with pytest.raises(ValueError, match=message):
+        ReplayDataModule(Counter, env_kwargs=spaces).setup(stage)
+
+
+def test_on_policy_needs_no_bounds():
+    """``ClipAction`` takes them away."""
+    data = with_agent(
+        RolloutDataModule(lambda: gym.wrappers.ClipAction(Counter()), num_envs=1, rollout_steps=4), Agent(0.2)
+    )
+    assert data.spaces == ((2,), 0, (-np.inf,), (np.inf,), False)
+    assert next(iter(data.train_dataloader())).actions.shape == (4, 1, 1)
+    with pytest.raises(ValueError, match="ClipAction took them away, leave it out"):
+        ReplayDataModule(lambda: gym.wrappers.ClipAction(Counter())).setup("fit")
 
 
 def test_replay_holds_what_was_seen():
@@ -169,7 +188,7 @@ def test_replay_holds_what_was_seen():
 
 
 def test_the_oldest_transitions_go_first():
-    buffer = PackedTransitions(1, 1, capacity=4)
+    buffer = PackedTransitions((1,), 1, capacity=4)
     for i in range(6):
         buffer.add(torch.full((1, 5), float(i)))
     assert len(buffer) == 4
