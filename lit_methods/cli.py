@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile
@@ -26,6 +27,9 @@ RECIPES = Path(recipes.__file__).parent
 DESCRIPTION = "Published methods as Lightning software. 'lit-methods recipes' lists what 'fit --config NAME' can run."
 SETUP_ERRORS = (ValueError, TypeError, ImportError, OSError, LookupError, AttributeError, MisconfigurationException)
 
+LOADING = {"resume_start", "restore_model", "restore_datamodule", "restore_callbacks", "restore_training_state"}
+LOADING |= {"check_optimizers"}  # of ExactResume; the others are Lightning's
+
 
 def main() -> None:
     """Entry point of the console script and of ``python -m lit_methods``."""
@@ -33,12 +37,7 @@ def main() -> None:
         show_recipes()
         return
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 beside torch 2.13
-    try:
-        LitMethodsCLI()
-    except SETUP_ERRORS as error:
-        if any(frame.name == "configure_optimizers" for frame in traceback.extract_tb(error.__traceback__)):
-            fail(f"configure_optimizers: {error}")
-        raise
+    LitMethodsCLI()
 
 
 def fail(message: str) -> NoReturn:
@@ -103,6 +102,26 @@ class LitMethodsCLI(LightningCLI):
             if "JSONARGPARSE_DEBUG" in os.environ:
                 raise
             fail(explain(str(error)))
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the model as it is configured; Lightning lets the checkpoint's hyperparameters win over options."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; a wrong argument of an optimizer or a checkpoint that cannot be loaded ends in one line."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+            if "JSONARGPARSE_DEBUG" in os.environ:
+                raise
+            if "configure_optimizers" in frames and isinstance(error, SETUP_ERRORS):
+                fail(f"configure_optimizers: {error}")
+            if frames & LOADING:
+                path, reason = str(self.trainer.ckpt_path), " ".join(str(error).split())
+                if path not in reason:
+                    reason = f"{path} cannot be loaded: {type(error).__name__}: {reason}"
+                fail(shorten(reason, 400))
+            raise
 
 
 class _Parser(LightningArgumentParser):

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.foundation.closures import RepeatedClosure
+from lit_methods.optim.foundation.groups import check_own_state
 
 __all__ = ["MDPO", "MDPOStepSize"]
 
@@ -261,6 +262,15 @@ class MDPO(Adam):
         divergence = values.mean() if mask is None else (values * mask).sum() / mask.sum().clamp(min=1)
         run.divergence = divergence.detach()
         return divergence / shared["step_size"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state.
+
+        Raises:
+            ValueError: the state is another optimizer's.
+        """
+        check_own_state(self, state_dict, {"step", "exp_avg", "exp_avg_sq", "anchor", "outer_steps"})
+        super().load_state_dict(state_dict)
 
     def anchor_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """Name -> anchor value of those parameters of ``module`` that this optimizer holds (``anchor="parameters"``).

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 def check_positive(**values: Any) -> None:
@@ -77,6 +78,22 @@ def check_real(params: Sequence[Tensor]) -> None:
     for p in params:
         if not p.is_floating_point():
             raise ValueError(f"params must be real floating point, got {p.dtype}; view complex ones as real")
+
+
+def check_own_state(optimizer: Optimizer, state_dict: dict[str, Any], known: set[str]) -> None:
+    """Refuse a state that another kind of optimizer saved; torch would keep what it does not know, silently.
+
+    Args:
+        optimizer: is about to load.
+        state_dict: what it is about to load.
+        known: the names that its state of a parameter, or of all parameters together, may hold.
+    """
+    of_schedulers = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+    foreign = set().union(*state_dict["param_groups"]) - of_schedulers.union(*optimizer.param_groups)
+    foreign |= set().union(*state_dict["state"].values()) - known
+    if foreign:
+        name = type(optimizer).__name__
+        raise ValueError(f"the state is not of {name}, which does not know {', '.join(map(repr, sorted(foreign)))}")
 
 
 def check_gradients(params: Sequence[Tensor], name: str) -> None:

@@ -183,19 +183,21 @@ CALLBACKS: dict[str, CallbackCase] = {
 }
 
 
+_TWO_SHORT_EPOCHS = [
+    "--trainer.max_steps=4", "--trainer.max_epochs=2", "--trainer.limit_train_batches=2",
+    "--trainer.val_check_interval=1",
+]  # fmt: skip
+
 RECIPES: dict[str, RecipeCase] = {
-    "nash_mp/matrix_games": RecipeCase(["--model.num_iterations=3"]),
+    "nash_mp/matrix_games": RecipeCase(["--model.num_iterations=3", "--trainer.max_epochs=2"]),
     "nash_mp/smollm2_vader": RecipeCase(
         [
-            "--trainer.max_steps=1",
-            "--trainer.val_check_interval=1",
+            *_TWO_SHORT_EPOCHS,
             "--trainer.accelerator=cpu",
             "--model.max_new_tokens=4",
             "--model.judge.init_args.score=tests.unit.llm.tiny.number_of_words",
         ],
         prepare=lambda folder: save_tiny_chat(folder / "smollm2"),
     ),
-    "nash_mp/tiny_intransitive": RecipeCase(
-        ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.num_rows=64", "--data.val_size=4"]
-    ),
+    "nash_mp/tiny_intransitive": RecipeCase([*_TWO_SHORT_EPOCHS, "--data.num_rows=64", "--data.val_size=4"]),
 }
