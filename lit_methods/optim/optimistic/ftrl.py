@@ -81,6 +81,13 @@ class OptimisticFTRL(_Leader):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "start",
+        "sum",
+        "guess",
+        "weighted",
+    )
+
     def __init__(
         self,
         params: ParamsT,
@@ -157,6 +164,12 @@ class OptimisticFTL(_Leader):
         ValueError: a hyperparameter out of range, or DTensor parameters.
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
+
+    state_names = (
+        "points",
+        "sum",
+        "rounds",
+    )
 
     def __init__(
         self,

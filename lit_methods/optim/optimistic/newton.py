@@ -52,6 +52,13 @@ class OptimisticOnlineNewton(OnlineOptimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "rounds",
+        "x_hat",
+        "matrix",
+        "inverse",
+    )
+
     def __init__(
         self,
         params: ParamsT,

@@ -101,6 +101,16 @@ class OptimisticOMD(OnlineOptimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "rounds",
+        "variation",
+        "max_square",
+        "step_size",
+        "average",
+        "squares",
+        "x_hat",
+        "guess",
+    )
     takes_dtensors = True
 
     def __init__(
