@@ -171,7 +171,8 @@ def length_controlled(wins: Tensor, excess: Tensor) -> float:
 
 def _load_policy(module: Any, path: str) -> Any:
     """The policy of a checkpoint or folder, on the module's device."""
-    from lit_methods.llm.language_model import LanguageModel, load_causal_lm
+    from lit_methods.llm.language_model import LanguageModel
+    from lit_methods.llm.loading import load_causal_lm
 
     if path.endswith(".ckpt"):
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]

@@ -5,8 +5,13 @@ from .judges import PairwiseJudge as PairwiseJudge
 from .judges import PairwiseModelJudge as PairwiseModelJudge
 from .judges import RewardModelJudge as RewardModelJudge
 from .judges import ScoreJudge as ScoreJudge
-from .nash_loss import nash_prox_loss as nash_prox_loss
+from .loading import Loading as Loading
+from .nash_mp import MirrorProx as MirrorProx
 from .nash_mp import NashMP as NashMP
+from .nash_mp import Prox as Prox
+from .nash_mp import Reference as Reference
+from .nash_mp import nash_prox_loss as nash_prox_loss
+from .sampling import Generation as Generation
 from .sampling import LocalSampler as LocalSampler
 from .sampling import Sampler as Sampler
 from .sampling import VLLMSampler as VLLMSampler

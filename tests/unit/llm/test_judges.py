@@ -20,7 +20,8 @@ from lit_methods.llm import (
     ScoreJudge,
 )
 from lit_methods.llm.judges import query_judge
-from lit_methods.llm.language_model import load_causal_lm, word_tokenizer
+from lit_methods.llm.language_model import word_tokenizer
+from lit_methods.llm.loading import build_config, load_causal_lm
 from lit_methods.llm.word_game import word_game_preference
 from tests.unit.llm.tiny import LLAMA, WORDS
 
@@ -83,8 +84,6 @@ def test_word_game_is_antisymmetric_and_cycles() -> None:
 
 def classifier(num_labels: int) -> Any:
     from transformers import AutoModelForSequenceClassification
-
-    from lit_methods.llm.language_model import build_config
 
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(build_config({**LLAMA, "num_labels": num_labels}))

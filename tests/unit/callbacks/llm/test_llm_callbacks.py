@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_methods.callbacks import ExportHF, SampleTable, SFTWarmup, WinRate
 from lit_methods.callbacks.llm.win_rate import bootstrap_interval, length_controlled
 from lit_methods.datamodules import PromptDataModule
-from lit_methods.llm import FunctionJudge, NashMP, SupervisedFineTuning
-from lit_methods.llm.language_model import load_causal_lm, load_tokenizer
+from lit_methods.llm import FunctionJudge, Generation, Loading, NashMP, SupervisedFineTuning
+from lit_methods.llm.language_model import load_tokenizer
+from lit_methods.llm.loading import load_causal_lm
 from tests.unit.llm.tiny import LLAMA, LORA, PROMPTS, WORDS, more_low_words, save_tiny
 
 ROWS = [{"prompt": prompt, "response": "w3 w4 w5"} for prompt in PROMPTS] * 3
@@ -20,7 +21,11 @@ ROWS = [{"prompt": prompt, "response": "w3 w4 w5"} for prompt in PROMPTS] * 3
 
 def build(**options: Any) -> NashMP:
     torch.manual_seed(0)
-    defaults: dict[str, Any] = {"model": LLAMA, "tokenizer": {"words": WORDS}, "max_new_tokens": 6}
+    defaults: dict[str, Any] = {
+        "model": LLAMA,
+        "tokenizer": {"words": WORDS},
+        "generation": Generation(max_new_tokens=6),
+    }
     return NashMP(judge=FunctionJudge(more_low_words), **{**defaults, **options})
 
 
@@ -181,7 +186,9 @@ def test_export_refuses_an_adapter_without_a_base(tmp_path: Path) -> None:
 def test_supervised_fine_tuning(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base")
     for options in ({"model": LLAMA, "tokenizer": {"words": WORDS}}, {"model": path, "lora": {**LORA, "r": 8}}):
-        module = SupervisedFineTuning(optimizer=lambda p: torch.optim.Adam(p, lr=2e-2), max_new_tokens=6, **options)  # type: ignore[arg-type]
+        module = SupervisedFineTuning(
+            optimizer=lambda p: torch.optim.Adam(p, lr=2e-2), generation=Generation(6), **options
+        )  # type: ignore[arg-type]
         trainer = L.Trainer(
             default_root_dir=tmp_path, accelerator="cpu", max_steps=60, logger=False, enable_progress_bar=False,
             enable_model_summary=False, use_distributed_sampler=False,
@@ -200,7 +207,7 @@ def test_supervised_fine_tuning(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         SupervisedFineTuning(LLAMA)
     with pytest.raises(ValueError, match="micro_batch_size"):
-        SupervisedFineTuning(path, micro_batch_size=0)
+        SupervisedFineTuning(path, loading=Loading(micro_batch_size=0))
 
 
 def test_bad_arguments() -> None:

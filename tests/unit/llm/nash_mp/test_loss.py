@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_methods.llm.nash_loss import group_preference_advantage, group_win_rates, nash_prox_loss, rloo
+from lit_methods.llm.nash_mp.loss import group_preference_advantage, group_win_rates, nash_prox_loss, rloo
 
 VOCABULARY, LENGTH = 3, 2
 SEQUENCES = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))
@@ -88,7 +88,9 @@ def expected_gradient(size: int, num_opponents: int, beta: float, eta: float, **
     return total
 
 
-@pytest.mark.parametrize("options", [{"kl_credit": "sequence"}, {"kl_credit": "to_go"}, {"loss_type": "ipo"}])
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "reinforce"}, {"loss_type": "reinforce_to_go"}, {"loss_type": "ipo"}]
+)
 @pytest.mark.parametrize(("size", "num_opponents"), [(2, 0), (3, 0), (2, 1), (2, 2)])
 @pytest.mark.parametrize("eta", [0.5, math.inf])
 def test_expected_gradient_is_exact(options: dict[str, str], size: int, num_opponents: int, eta: float) -> None:
@@ -101,7 +103,7 @@ def test_leave_one_out_would_be_wrong_in_group_self_play(monkeypatch: pytest.Mon
     pref, ref, target, _, _ = game()
     exact = exact_gradient(pref, ref, target, None, 0.3, 0.5)
     monkeypatch.setattr(
-        "lit_methods.llm.nash_loss.group_preference_advantage", lambda pref: rloo(group_win_rates(pref))
+        "lit_methods.llm.nash_mp.loss.group_preference_advantage", lambda pref: rloo(group_win_rates(pref))
     )
     trapped = expected_gradient(2, 0, 0.3, 0.5)
     assert (trapped - exact).norm() / exact.norm() > 0.1
@@ -147,9 +149,9 @@ def test_metrics_ignore_padding() -> None:
 def test_bad_arguments() -> None:
     one = torch.zeros(2, 1, 3)
     mask = torch.ones(2, 1, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="samples_per_prompt=1"):
+    with pytest.raises(ValueError, match="samples_per_prompt must be >= 2, got 1"):
         nash_prox_loss(one, one, one, torch.zeros(2, 1, 1), mask, beta=0.1, eta=1.0)
-    with pytest.raises(ValueError, match="samples_per_prompt=1"):
+    with pytest.raises(ValueError, match="samples_per_prompt must be >= 2, got 1"):
         nash_prox_loss(one, one, one, torch.zeros(2, 1, 5), mask, beta=0.1, eta=1.0, group_self_play=False)
     with pytest.raises(ValueError, match="one group"):
         nash_prox_loss(one, one, one, torch.zeros(2, 1, 5), mask, beta=0.1, eta=1.0)

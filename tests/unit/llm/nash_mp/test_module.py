@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lit_methods.batches import PromptBatch
 from lit_methods.datamodules import PromptDataModule
-from lit_methods.llm import FunctionJudge, NashMP
+from lit_methods.llm import FunctionJudge, Generation, Loading, MirrorProx, NashMP, Prox, Reference
+from lit_methods.llm.logprobs import response_mask
+from lit_methods.llm.nash_mp.preferences import Drawn, ask_preferences
 from tests.unit.llm.tiny import LLAMA, LORA, PROMPTS, WORDS, more_low_words, save_tiny
 
 BATCH = PromptBatch(list(PROMPTS), [], torch.arange(len(PROMPTS)))
@@ -21,7 +23,7 @@ def build(**options: Any) -> NashMP:
     torch.manual_seed(0)
     defaults: dict[str, Any] = {
         "tokenizer": {"words": WORDS},
-        "max_new_tokens": 6,
+        "generation": Generation(max_new_tokens=6),
         "optimizer": lambda params: torch.optim.Adam(params, lr=3e-3),
     }
     model = NashMP(options.pop("model", LLAMA), FunctionJudge(more_low_words), **{**defaults, **options})
@@ -57,11 +59,17 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+def drawn_tokens(length: int = 4) -> Drawn:
+    """Random responses of full length to ``PROMPTS``."""
+    tokens = torch.randint(2, 20, (len(PROMPTS), length))
+    return Drawn(tokens, torch.ones_like(tokens, dtype=torch.bool), [], torch.zeros(len(PROMPTS), dtype=torch.bool))
+
+
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"lora": LORA},
-    {"mode": "mirror_prox", "inner_steps": 2},
-    {"mode": "mirror_prox", "inner_steps": 2, "lora": LORA},
+    {"mode": MirrorProx(2)},
+    {"mode": MirrorProx(2), "lora": LORA},
 ]
 
 
@@ -69,12 +77,11 @@ VARIANTS: list[dict[str, Any]] = [
 def test_players_are_equal_at_the_start(options: dict[str, Any]) -> None:
     module = build(**options)
     encoded = module.encode(list(PROMPTS))
-    responses = torch.randint(2, 20, (len(PROMPTS), 4))
-    mask = torch.ones_like(responses, dtype=torch.bool)
+    responses = drawn_tokens()
     with torch.no_grad():
-        policy = module._score("policy", encoded, responses, mask)[0]
+        policy = module._score("policy", encoded, responses)[0]
         for name in ("reference", *module.frozen_players):
-            assert torch.equal(module._score(name, encoded, responses, mask)[0], policy), name
+            assert torch.equal(module._score(name, encoded, responses)[0], policy), name
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -82,12 +89,11 @@ def test_adapters_and_copies_are_isolated(lora: dict[str, Any] | None) -> None:
     module = build(lora=lora, mode="mirror_prox")
     names = ["reference", "target", "opponent"]
     encoded = module.encode(list(PROMPTS))
-    responses = torch.randint(2, 20, (len(PROMPTS), 4))
-    mask = torch.ones_like(responses, dtype=torch.bool)
+    responses = drawn_tokens()
 
     def scores(name: str) -> Tensor:
         with torch.no_grad():
-            return module._score(name, encoded, responses, mask)[0]
+            return module._score(name, encoded, responses)[0]
 
     start = {name: scores(name) for name in ["policy", *names]}
     with torch.no_grad():
@@ -128,7 +134,7 @@ def test_frozen_players_refuse_gradients_and_come_back_after_errors() -> None:
 
 
 def test_players_that_do_not_exist_are_named() -> None:
-    with pytest.raises(ValueError, match="no player 'target' with mode='prox' and eta=inf"):
+    with pytest.raises(ValueError, match=r"no player 'target' with mode=Prox\(.*\) and eta=inf"):
         build(eta=math.inf).respond(PROMPTS, "target")
     with pytest.raises(ValueError, match="no player 'opponent'"):
         build(lora=LORA).respond(PROMPTS, "opponent")
@@ -136,7 +142,7 @@ def test_players_that_do_not_exist_are_named() -> None:
 
 def test_target_is_the_moving_average_of_the_policy(tmp_path: Path) -> None:
     for lora in (None, LORA):
-        module = build(kappa=0.25, lora=lora)
+        module = build(mode=Prox(kappa=0.25), lora=lora)
         start = weights(module, "target")
         trainer(tmp_path, 1).fit(module, prompts())
         for old, new, policy in zip(start, weights(module, "target"), weights(module, "policy"), strict=True):
@@ -145,15 +151,14 @@ def test_target_is_the_moving_average_of_the_policy(tmp_path: Path) -> None:
 
 
 def test_kappa_one_makes_the_target_the_policy(tmp_path: Path) -> None:
-    module = build(kappa=1.0)
+    module = build(mode=Prox(kappa=1.0))
     trainer(tmp_path, 3).fit(module, prompts())
     assert equal(weights(module, "target"), weights(module, "policy"))
     torch.manual_seed(0)
     with torch.no_grad():
         encoded = module.encode(list(PROMPTS))
-        tokens = torch.randint(2, 20, (len(PROMPTS), 4))
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        ratio = module._score("policy", encoded, tokens, mask)[0] - module._score("target", encoded, tokens, mask)[0]
+        drawn = drawn_tokens()
+        ratio = module._score("policy", encoded, drawn)[0] - module._score("target", encoded, drawn)[0]
     assert ratio.abs().max() == 0
 
 
@@ -169,7 +174,7 @@ def test_infinite_eta_is_self_play_without_a_target(tmp_path: Path) -> None:
 
 
 def test_targets_move_once_per_optimizer_step_under_accumulation(tmp_path: Path) -> None:
-    module = build(inner_steps=2)
+    module = build(mode=Prox(copy_every=2))
     targets: list[bool] = []
 
     class Watch(L.Callback):
@@ -199,7 +204,7 @@ def test_a_skipped_optimizer_step_moves_nothing(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_mirror_prox_phases(tmp_path: Path, lora: dict[str, Any] | None) -> None:
-    module = build(mode="mirror_prox", inner_steps=2, lora=lora)
+    module = build(mode=MirrorProx(2), lora=lora)
     center = weights(module, "target")
     history: list[tuple[Any, ...]] = []
 
@@ -221,7 +226,7 @@ def test_mirror_prox_phases(tmp_path: Path, lora: dict[str, Any] | None) -> None
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-@pytest.mark.parametrize("options", [{}, {"mode": "mirror_prox", "inner_steps": 2}])
+@pytest.mark.parametrize("options", [{}, {"mode": MirrorProx(2)}])
 def test_resumes_to_the_bit(tmp_path: Path, lora: dict[str, Any] | None, options: dict[str, Any]) -> None:
     def run(seed: int, checkpoint: Path | None) -> NashMP:
         module = build(lora=lora, **options)
@@ -246,9 +251,9 @@ def test_learns_what_the_judge_prefers(tmp_path: Path) -> None:
     for options in (
         {},
         {"loss_type": "ipo"},
-        {"kl_credit": "to_go"},
+        {"loss_type": "reinforce_to_go"},
         {"lora": {**LORA, "r": 8}},
-        {"micro_batch_size": 7},
+        {"loading": Loading(micro_batch_size=7)},
     ):
         module = build(beta=0.02, samples_per_prompt=8, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), **options)
 
@@ -261,32 +266,33 @@ def test_learns_what_the_judge_prefers(tmp_path: Path) -> None:
         assert share(module) > before + 0.2, options
 
 
-def test_missing_end_loses(tmp_path: Path) -> None:
-    module = build(missing_eos_loses=True, samples_per_prompt=3)
-    responses = torch.tensor([[5, 1, 0], [5, 5, 5], [6, 6, 6]])
-    mask = module._response_mask(responses)
-    pref, pairs = module._preferences(["w0"], responses, mask, None)
+def as_drawn(module: NashMP, tokens: Tensor) -> Drawn:
+    mask = response_mask(tokens, [1])
+    return Drawn(tokens, mask, module.decode(tokens, mask), (tokens == 1).any(1))
+
+
+def test_missing_end_loses() -> None:
+    module = build()
+    drawn = as_drawn(module, torch.tensor([[5, 1, 0], [5, 5, 5], [6, 6, 6]]))
+    pref, pairs = ask_preferences(module.judge, ["w0"], drawn, None, missing_eos_loses=True)
     assert pairs == 3
     assert pref[0].tolist() == [[0.5, 1.0, 1.0], [0.0, 0.5, 0.5], [0.0, 0.5, 0.5]]
 
 
 def test_preferences_are_antisymmetric_and_ordered_by_prompt() -> None:
-    module = build(samples_per_prompt=3)
-    responses = torch.randint(2, 20, (6, 4))
-    mask = torch.ones_like(responses, dtype=torch.bool)
-    pref, _ = module._preferences(["w0", "w1"], responses, mask, None)
+    module = build()
+    mine = as_drawn(module, torch.randint(2, 20, (6, 4)))
+    pref, _ = ask_preferences(module.judge, ["w0", "w1"], mine, None)
     torch.testing.assert_close(pref + pref.mT, torch.ones(2, 3, 3))
-    texts = module.decode(responses, mask)
-    assert pref[1, 0, 2].item() == pytest.approx(more_low_words("", texts[3], texts[5]))
-    others = torch.randint(2, 20, (6, 4))
-    against, pairs = module._preferences(["w0", "w1"], responses, mask, others)
-    rivals = module.decode(others, mask)
+    assert pref[1, 0, 2].item() == pytest.approx(more_low_words("", mine.texts[3], mine.texts[5]))
+    others = as_drawn(module, torch.randint(2, 20, (6, 4)))
+    against, pairs = ask_preferences(module.judge, ["w0", "w1"], mine, others)
     assert pairs == 18
-    assert against[1, 2, 0].item() == pytest.approx(more_low_words("", texts[5], rivals[3]))
+    assert against[1, 2, 0].item() == pytest.approx(more_low_words("", mine.texts[5], others.texts[3]))
 
 
 def test_metrics_are_logged_with_masks(tmp_path: Path) -> None:
-    module = build(opponent="policy")
+    module = build(mode=Prox(opponent="policy"))
     fit = trainer(tmp_path, 1, log_every_n_steps=1, val_check_interval=1)
     fit.fit(module, prompts())
     names = {
@@ -336,15 +342,14 @@ def test_the_judge_answers_while_the_frozen_players_score() -> None:
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_reference_from_another_folder(tmp_path: Path, lora: dict[str, Any] | None) -> None:
     path = save_tiny(tmp_path / "other")
-    module = build(lora=lora, reference=path, offload_reference=True)
+    module = build(lora=lora, reference=Reference(path, offload=True))
     other = build(model=path, tokenizer=None)
     encoded = module.encode(list(PROMPTS))
-    tokens = torch.randint(2, 20, (len(PROMPTS), 4))
-    mask = torch.ones_like(tokens, dtype=torch.bool)
+    tokens = drawn_tokens()
 
     def scores(module: NashMP, name: str) -> Tensor:
         with torch.no_grad():
-            return module._score(name, encoded, tokens, mask)[0]
+            return module._score(name, encoded, tokens)[0]
 
     assert torch.equal(scores(module, "reference"), scores(other, "policy"))
     assert not torch.allclose(scores(module, "policy"), scores(other, "policy"), atol=0.1)
@@ -356,7 +361,7 @@ def test_reference_from_another_folder(tmp_path: Path, lora: dict[str, Any] | No
 
 
 def test_reference_in_another_type_waits_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = build(reference_dtype="bfloat16", offload_reference=True)
+    module = build(reference=Reference(dtype="bfloat16", offload=True))
     reference = module.frozen["reference"]
     assert {parameter.dtype for parameter in reference.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in module.player_parameters("target")} == {torch.float32}
@@ -368,7 +373,7 @@ def test_reference_in_another_type_waits_on_the_cpu(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
-    plain, compiled = build(), build(torch_compile=True)
+    plain, compiled = build(), build(loading=Loading(torch_compile=True))
     assert list(plain.state_dict()) == list(compiled.state_dict())
     for module in (plain, compiled):
         trainer(tmp_path, 3).fit(module, prompts())
@@ -404,7 +409,7 @@ def test_base_weights_stay_out_of_checkpoints_only_if_they_can_be_loaded_again(t
     checkpoint(adapters)
     torch.manual_seed(99)
     other = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    from lit_methods.llm.language_model import load_causal_lm
+    from lit_methods.llm.loading import load_causal_lm
 
     load_causal_lm(LLAMA).save_pretrained(path)
     with pytest.raises(ValueError, match="not the ones it was trained on"):
@@ -413,7 +418,7 @@ def test_base_weights_stay_out_of_checkpoints_only_if_they_can_be_loaded_again(t
 
 
 def test_full_precision_of_what_is_trained(tmp_path: Path) -> None:
-    module = build(lora=LORA, dtype="bfloat16")
+    module = build(lora=LORA, loading=Loading(dtype="bfloat16"))
     assert module.policy is not None
     assert module.policy.base.dtype == torch.bfloat16
     assert {parameter.dtype for name in ("policy", "target") for parameter in module.player_parameters(name)} == {
@@ -428,7 +433,7 @@ def test_full_precision_of_what_is_trained(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    plain, saving = build(), build(gradient_checkpointing=True)
+    plain, saving = build(), build(loading=Loading(gradient_checkpointing=True))
     for module in (plain, saving):
         trainer(tmp_path, 2).fit(module, prompts())
     assert saving.policy is not None
@@ -442,22 +447,18 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     [
         ({"beta": 0.0}, "beta must be"),
         ({"eta": 0.0}, "eta must be"),
-        ({"kappa": 0.0}, "kappa must be"),
-        ({"kappa": 1.5}, "kappa must be"),
-        ({"samples_per_prompt": 1}, "samples_per_prompt must be"),
-        ({"inner_steps": 0}, "inner_steps must be"),
-        ({"mixture": 1.0}, "mixture must be"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be"),
-        ({"mode": "mirror_prox", "eta": math.inf}, "mirror_prox"),
-        ({"mode": "mirror_prox", "opponent": "policy"}, "mirror_prox"),
-        ({"dtype": "bfloat16"}, "bf16-mixed"),
-        ({"load_in_4bit": True}, "load_in_4bit needs lora"),
+        ({"samples_per_prompt": 1}, "samples_per_prompt must be >= 2, got 1"),
+        ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
+        ({"loss_type": "dpo"}, "loss_type must be one of"),
+        ({"mode": "self-play"}, "mode must be 'prox', 'mirror_prox'"),
+        ({"mode": "mirror_prox", "eta": math.inf}, "eta must be finite with mirror_prox"),
+        ({"loading": Loading(dtype="bfloat16")}, "bf16-mixed"),
+        ({"loading": Loading(load_in_4bit=True)}, "load_in_4bit needs lora"),
         ({"lora": {"lora_dropout": 0.1}}, "lora_dropout must be 0"),
         ({"lora": {"modules_to_save": ["lm_head"]}}, "adapters only"),
-        ({"lora": LORA, "offload_reference": True}, "set reference"),
-        ({"lora": LORA, "reference_dtype": "bfloat16"}, "set reference"),
+        ({"lora": LORA, "reference": Reference(offload=True)}, "set the reference's model"),
+        ({"lora": LORA, "reference": Reference(dtype="bfloat16")}, "set the reference's model"),
         ({"tokenizer": None}, "tokenizer must be given"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
@@ -465,6 +466,61 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         build(**options)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Generation(max_new_tokens=0), "max_new_tokens must be >= 1, got 0"),
+        (lambda: Generation(max_prompt_length=0), "max_prompt_length must be >= 1, got 0"),
+        (lambda: Generation(seed=-1), "seed must be >= 0, got -1"),
+        (lambda: Loading(micro_batch_size=0), "micro_batch_size must be >= 1, got 0"),
+        (lambda: Loading(logprob_chunk_size=0), "logprob_chunk_size must be >= 1, got 0"),
+        (lambda: Loading(dtype="float8"), "dtype must name a type of torch, .* got 'float8'"),
+        (lambda: Prox(kappa=0.0), r"kappa must be in \(0, 1\], got 0.0"),
+        (lambda: Prox(kappa=1.5), r"kappa must be in \(0, 1\], got 1.5"),
+        (lambda: Prox(copy_every=0), "copy_every must be >= 1, got 0"),
+        (lambda: Prox(mixture=1.0), r"mixture must be in \(0, 1\), got 1.0"),
+        (lambda: Prox(opponent="me"), "opponent must be one of"),  # type: ignore[arg-type]
+        (lambda: MirrorProx(0), "inner_steps must be >= 1, got 0"),
+    ],
+)
+def test_bad_settings(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_former_arguments_warn_and_mean_the_same(tmp_path: Path) -> None:
+    former: dict[str, Any] = {
+        "mode": "mirror_prox", "inner_steps": 3, "max_new_tokens": 5, "seed": 7, "dtype": "bfloat16",
+        "micro_batch_size": 2, "lora": LORA, "kl_credit": "to_go",
+    }  # fmt: skip
+    with pytest.warns(FutureWarning) as caught:
+        module = NashMP(LLAMA, FunctionJudge(more_low_words), {"words": WORDS}, **former)
+    said = " ".join(str(warning.message) for warning in caught)
+    for name, place in (("inner_steps", "mode"), ("max_new_tokens", "generation"), ("dtype", "loading")):
+        assert f"{name} is now the field {name} of {place}" in said
+    assert 'loss_type="reinforce_to_go"' in said
+    assert module.mode == MirrorProx(3)
+    assert (module.generation.max_new_tokens, module.generation.seed) == (5, 7)
+    assert module.loading == Loading(dtype="bfloat16", micro_batch_size=2)
+    assert module.loss_type == "reinforce_to_go"
+    with pytest.warns(FutureWarning, match="copy_every of mode"):
+        assert build(generation=None, inner_steps=2).mode == Prox(copy_every=2)
+    with pytest.raises(TypeError, match="no argument 'max_tokens'; did you mean 'max_new_tokens'"):
+        build(max_tokens=2)
+
+
+def test_settings_are_kept_in_checkpoints_as_plain_data(tmp_path: Path) -> None:
+    module = build(mode=MirrorProx(3), generation=Generation(5), loading=Loading(micro_batch_size=2))
+    fit = trainer(tmp_path, 1)
+    fit.fit(module, prompts())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    kept = torch.load(tmp_path / "x.ckpt", weights_only=True)["hyper_parameters"]
+    assert kept["mode"] == {"inner_steps": 3}
+    assert kept["generation"]["max_new_tokens"] == 5
+    loaded = NashMP.load_from_checkpoint(tmp_path / "x.ckpt", judge=module.judge)
+    assert (loaded.mode, loaded.loading) == (module.mode, module.loading)
+
+
 def test_truncated_sampling_warns() -> None:
     with pytest.warns(UserWarning, match="biased"):
-        build(top_k=5)
+        build(generation=Generation(top_k=5))
