@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_methods.optim.foundation.flat import is_dtensor, local_tensor
+from lit_methods.optim.foundation.ranks import mean_over_ranks
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -154,7 +155,7 @@ class TargetSurrogate:
                 outputs, tangents = self._jvp(direction)
             except (NotImplementedError, RuntimeError) as error:
                 raise RuntimeError(
-                    "inner='cg' needs forward-mode AD, which this network or its sharding lacks; use another solver"
+                    "ConjugateGradient needs forward-mode AD, which this network or its sharding lacks; take another"
                 ) from error
             vectors = self._hessian([f.detach() for f in outputs], tangents)
             total = self._weight * sum((f * v).sum() for f, v in zip(outputs, vectors, strict=True))
@@ -266,18 +267,3 @@ class TargetSurrogate:
         for p, g in zip(self.params, kept, strict=True):
             p.grad = g
         return grads
-
-
-def mean_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Means over the ranks of ``group`` (None: all), by one all-reduce for each dtype and device."""
-    result: list[Tensor] = list(tensors)
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
-    for indices in kinds.values():
-        flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        for i, piece in zip(indices, flat.split([tensors[i].numel() for i in indices]), strict=True):
-            result[i] = piece.view(tensors[i].shape)
-    return result
