@@ -60,5 +60,8 @@ def move_arguments(
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"{owner} has no argument {name!r}{hint}")
         argument, _, field = moved[name].partition(".")
-        warnings.warn(f"{owner}: {name} is now the field {field} of {argument}", FutureWarning, stacklevel=3)
+        kind = "MirrorProx" if field == "inner_steps" else "Prox" if argument == "mode" else argument.capitalize()
+        warnings.warn(
+            f"{owner}: {name} has moved: write {argument}={kind}({field}={value!r})", FutureWarning, stacklevel=3
+        )
         settings[argument][field] = value

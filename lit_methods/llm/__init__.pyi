@@ -1,6 +1,6 @@
+from .http_judge import HTTPJudge as HTTPJudge
 from .judges import EnsembleJudge as EnsembleJudge
 from .judges import FunctionJudge as FunctionJudge
-from .judges import HTTPJudge as HTTPJudge
 from .judges import PairwiseJudge as PairwiseJudge
 from .judges import PairwiseModelJudge as PairwiseModelJudge
 from .judges import RewardModelJudge as RewardModelJudge

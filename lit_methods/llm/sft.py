@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -58,6 +58,8 @@ class SupervisedFineTuning(LightningModule):
         ValueError: if there is no tokenizer, or a batch has no responses.
         TypeError: for an unknown argument.
     """
+
+    moved_arguments: ClassVar[dict[str, str]] = MOVED
 
     def __init__(
         self,

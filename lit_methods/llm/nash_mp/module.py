@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning import LightningModule
@@ -112,6 +112,8 @@ class NashMP(LightningModule):
         ValueError: for an argument outside its range, or a combination that cannot work.
         TypeError: for an unknown argument.
     """
+
+    moved_arguments: ClassVar[dict[str, str]] = MOVED
 
     def __init__(
         self,
