@@ -135,7 +135,8 @@ class WinRate(Callback):
             if name not in self.texts:
                 logged["win_rate_lc"] = length_controlled(wins, excess)
             for metric, value in logged.items():
-                pl_module.log(f"{stage}/{metric}/{name}", value, rank_zero_only=False, sync_dist=False)
+                shown = metric == "win_rate" and name == "reference"
+                pl_module.log(f"{stage}/{metric}/{name}", value, prog_bar=shown, rank_zero_only=False, sync_dist=False)
         if self.texts:
             pl_module.log(f"{stage}/win_rate/worst", min(means[name] for name in self.texts))
 

@@ -461,8 +461,10 @@ class NashMP(LightningModule):
     def _log(self, stage: str, metrics: Mapping[str, Tensor | float], batch_size: int) -> None:
         if self._trainer is None:
             return
-        named = {f"{stage}/{name}": value for name, value in metrics.items()}
-        self.log_dict(named, batch_size=batch_size, sync_dist=self.trainer.world_size > 1)
+        for name, value in metrics.items():
+            shown = stage == "train" and name in ("kl/ref", "tokens_per_s/generated")
+            several = self.trainer.world_size > 1
+            self.log(f"{stage}/{name}", value, prog_bar=shown, batch_size=batch_size, sync_dist=several)
 
     # ---------------------------------------------------------------- optimisation
 

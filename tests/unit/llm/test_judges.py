@@ -1,3 +1,4 @@
+import copy
 import json
 import threading
 import time
@@ -87,7 +88,7 @@ def failing(prompt: Any, a: str, b: str = "") -> float:
 
 @pytest.mark.parametrize("kind", [FunctionJudge, ScoreJudge])
 def test_errors_name_the_function_and_the_pair(kind: Any) -> None:
-    with pytest.raises(ValueError, match="returned by silent for 'w3'.*, got None"):
+    with pytest.raises(ValueError, match=r"returned by silent for 'w3'.*, got None"):
         query_judge(kind(silent), ["p"], ["w3"], ["w9"])
     with pytest.raises(KeyError) as caught:
         query_judge(kind(failing), ["p"], ["w3"], ["w9"])
@@ -153,6 +154,29 @@ def test_reward_is_read_at_the_last_token_whatever_pads(pad: int | None, ending:
     among_longer = judge(["w0", "w0"], [a, " w1" * 9], [b, " w4"])[0]
     torch.testing.assert_close(among_longer, expected, atol=1e-6, rtol=0)
     assert model.config.pad_token_id == pad  # the user's model is left as it was
+
+
+def test_adapters_of_judges_are_merged(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    tokenizer = word_tokenizer([*WORDS[:16], "A", "B"])
+    for kind, task in (("causal", "CAUSAL_LM"), ("reward", "SEQ_CLS")):
+        base = load_causal_lm(LLAMA)
+        base.save_pretrained(tmp_path / "base")
+        model: Any = base
+        if task == "SEQ_CLS":
+            model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+        tuned = get_peft_model(model, LoraConfig(task_type=task, **lora))
+        tuned.save_pretrained(str(tmp_path / kind))
+        plain = copy.deepcopy(tuned).merge_and_unload()
+        path = str(tmp_path / kind)
+        if kind == "reward":
+            found, expected = RewardModelJudge(path, tokenizer), RewardModelJudge(plain, tokenizer)
+        else:
+            found, expected = PairwiseModelJudge(path, tokenizer), PairwiseModelJudge(plain, tokenizer)
+        prompts = [f"{prompt} " for prompt in PROMPTS]
+        torch.testing.assert_close(found(prompts, A, B), expected(prompts, A, B), atol=1e-5, rtol=0)
 
 
 def test_encoders_are_read_at_their_first_token() -> None:
@@ -306,7 +330,9 @@ def test_http_judge_asks_several_at_a_time_and_keeps_their_order() -> None:
         assert query_judge(judge, PROMPTS, A, B).tolist() == [0.75, 0.25, 0.75]
 
 
-@pytest.mark.parametrize("fault", [
+@pytest.mark.parametrize(
+    "fault",
+    [
         (500, b""),
         (429, b""),
         (200, b"<html>"),
@@ -314,7 +340,8 @@ def test_http_judge_asks_several_at_a_time_and_keeps_their_order() -> None:
         (200, b'{"prefer...'),  # ends before its Content-Length
         (0, b""),
         (-1, b"no HTTP at all\r\n\r\n"),
-    ])
+    ],
+)
 def test_http_judge_tries_again_after_passing_faults(fault: tuple[int, bytes]) -> None:
     def reply(body: dict[str, Any], number: int) -> tuple[int, bytes]:
         return fault if number <= 2 else prefer_longer(body, number)

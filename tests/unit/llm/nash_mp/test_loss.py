@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +156,42 @@ def test_bad_arguments() -> None:
         nash_prox_loss(one, one, one, torch.zeros(2, 1, 5), mask, beta=0.1, eta=1.0, group_self_play=False)
     with pytest.raises(ValueError, match="one group"):
         nash_prox_loss(one, one, one, torch.zeros(2, 1, 5), mask, beta=0.1, eta=1.0)
+
+
+def test_metrics_of_the_kl_terms() -> None:
+    torch.manual_seed(0)
+    logps, ref, target = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(2, 3, 4) < 0.7
+    pref = torch.full((2, 3, 3), 0.5, dtype=torch.float64)
+    _, metrics = nash_prox_loss(logps, ref, target, pref, mask, beta=0.1, eta=0.5)
+    ratio = logps - ref
+    torch.testing.assert_close(metrics["kl/ref"], (ratio * mask).sum(2).mean())
+    # Schulman's k3: r - 1 - log r with r = ref / pi
+    torch.testing.assert_close(metrics["kl/ref_k3"], (((-ratio).exp() - 1 + ratio) * mask).sum(2).mean())
+    torch.testing.assert_close(metrics["kl/target"], ((logps - target) * mask).sum(2).mean())
+
+
+@pytest.mark.parametrize("loss_type", ["reinforce", "reinforce_to_go", "ipo"])
+def test_a_target_counts_with_a_finite_eta_only(loss_type: Any) -> None:
+    torch.manual_seed(0)
+    logps, ref, target = (torch.randn(2, 3, 4) for _ in range(3))
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    pref = torch.full((2, 3, 3), 0.5)
+
+    def loss(target: Any, eta: float) -> Any:
+        return nash_prox_loss(logps, ref, target, pref, mask, beta=0.1, eta=eta, loss_type=loss_type)
+
+    given, metrics = loss(target, math.inf)
+    assert given == loss(None, math.inf)[0] != loss(target, 1.0)[0]
+    assert metrics["kl/target"] == 0
+    with pytest.raises(ValueError, match=r"target_logps must be given with a finite eta, got None with eta=1\.0"):
+        loss(None, 1.0)
+
+
+def test_former_spelling_warns_and_means_the_same() -> None:
+    torch.manual_seed(0)
+    logps, ref, target = (torch.randn(2, 3, 4) for _ in range(3))
+    arguments: Any = (logps, ref, target, torch.full((2, 3, 3), 0.5), torch.ones(2, 3, 4, dtype=torch.bool))
+    with pytest.warns(FutureWarning, match='loss_type="reinforce_to_go"'):
+        former = nash_prox_loss(*arguments, beta=0.1, eta=1.0, kl_credit="to_go")[0]
+    assert former == nash_prox_loss(*arguments, beta=0.1, eta=1.0, loss_type="reinforce_to_go")[0]

@@ -1,4 +1,7 @@
 import math
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -6,12 +9,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor
 
 from lit_methods.batches import PromptBatch
+from lit_methods.callbacks import ExportHF
 from lit_methods.datamodules import PromptDataModule
-from lit_methods.llm import FunctionJudge, Generation, Loading, MirrorProx, NashMP, Prox, Reference
+from lit_methods.llm import FunctionJudge, Generation, Loading, LocalSampler, MirrorProx, NashMP, Prox, Reference
 from lit_methods.llm.logprobs import response_mask
 from lit_methods.llm.nash_mp.preferences import Drawn, ask_preferences
 from tests.unit.llm.tiny import LLAMA, LORA, PROMPTS, WORDS, more_low_words, save_tiny
@@ -496,14 +505,15 @@ def test_former_arguments_warn_and_mean_the_same(tmp_path: Path) -> None:
     with pytest.warns(FutureWarning) as caught:
         module = NashMP(LLAMA, FunctionJudge(more_low_words), {"words": WORDS}, **former)
     said = " ".join(str(warning.message) for warning in caught)
-    for name, place in (("inner_steps", "mode"), ("max_new_tokens", "generation"), ("dtype", "loading")):
-        assert f"{name} is now the field {name} of {place}" in said
+    assert "max_new_tokens has moved: write generation=Generation(max_new_tokens=5)" in said
+    assert "inner_steps has moved: write mode=MirrorProx(inner_steps=3)" in said
+    assert "dtype has moved: write loading=Loading(dtype='bfloat16')" in said
     assert 'loss_type="reinforce_to_go"' in said
     assert module.mode == MirrorProx(3)
     assert (module.generation.max_new_tokens, module.generation.seed) == (5, 7)
     assert module.loading == Loading(dtype="bfloat16", micro_batch_size=2)
     assert module.loss_type == "reinforce_to_go"
-    with pytest.warns(FutureWarning, match="copy_every of mode"):
+    with pytest.warns(FutureWarning, match=r"write mode=Prox\(copy_every=2\)"):
         assert build(generation=None, inner_steps=2).mode == Prox(copy_every=2)
     with pytest.raises(TypeError, match="no argument 'max_tokens'; did you mean 'max_new_tokens'"):
         build(max_tokens=2)
@@ -524,3 +534,181 @@ def test_settings_are_kept_in_checkpoints_as_plain_data(tmp_path: Path) -> None:
 def test_truncated_sampling_warns() -> None:
     with pytest.warns(UserWarning, match="biased"):
         build(generation=Generation(top_k=5))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_equal_players_have_log_ratios_of_exactly_zero(
+    tmp_path: Path, checkpointing: bool, micro_batch_size: int | None, lora: dict[str, Any] | None, precision: Any
+) -> None:
+    loading = Loading(gradient_checkpointing=checkpointing, micro_batch_size=micro_batch_size)
+    module = build(lora=lora, loading=loading, samples_per_prompt=3, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    fit = trainer(tmp_path, 1, precision=precision, log_every_n_steps=1)
+    fit.fit(module, prompts())
+    for name in ("kl/ref", "kl/target", "kl/ref_k3"):
+        assert fit.callback_metrics[f"train/{name}"] == 0, name
+    assert any(parameter.grad is not None for parameter in module.player_parameters("policy"))
+
+
+@pytest.mark.slow
+def test_compiled_players_have_log_ratios_of_exactly_zero(tmp_path: Path) -> None:
+    module = build(loading=Loading(torch_compile=True))
+    fit = trainer(tmp_path, 1, precision="bf16-mixed", log_every_n_steps=1)
+    fit.fit(module, prompts())
+    assert fit.callback_metrics["train/kl/ref"] == fit.callback_metrics["train/kl/target"] == 0
+
+
+def test_players_and_stages_draw_from_streams_of_their_own() -> None:
+    module = build(mode="mirror_prox", generation=Generation(max_new_tokens=12))
+    many = PROMPTS * 4
+    answers = [module.respond(many, player, seed=5)[0] for player in ("policy", "reference", "target", "opponent")]
+    answers.append(module.respond(many, "policy", seed=6)[0])
+    answers.append(module.validation_step(PromptBatch(many, [], torch.arange(len(many))), 5)["responses"])
+    training = module._draw([("policy", 1.0)], module.encode(many), 1, module._generator(5)).texts
+    for index, one in enumerate([*answers, training]):
+        for other in [*answers, training][:index]:
+            assert one != other  # equal weights, other draws
+    assert module.respond(many, "target", seed=5)[0] == answers[2]
+    assert build(mode="mirror_prox", generation=Generation(12, seed=1)).respond(many, seed=5)[0] != answers[0]
+
+
+def test_times_are_those_of_their_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the sampler and the judge move."""
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    local = LocalSampler()
+
+    def sampler(*arguments: Any) -> Tensor:
+        now[0] += 5.0
+        return local(*arguments)
+
+    def judge(prompts: Any, a: Any, b: Any) -> list[float]:
+        now[0] += 7.0
+        return [0.5] * len(a)
+
+    module = build(sampler=sampler)
+    module.judge = judge
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(module, "_log", lambda stage, metrics, size: logged.update(metrics))
+    module.training_step(BATCH, 0)
+    assert (logged["time/generate"], logged["time/judge"], logged["time/score"]) == (5.0, 7.0, 7.0)
+    tokens = logged["length/mean"] * len(PROMPTS) * module.samples_per_prompt
+    torch.testing.assert_close(logged["tokens_per_s/generated"], tokens / 5.0)
+    torch.testing.assert_close(logged["tokens_per_s/trained"], tokens / 7.0)
+
+
+@pytest.mark.parametrize("kind", [EMAWeightAveraging, WeightAveraging])
+@pytest.mark.parametrize(("lora", "dtype"), [(None, "float32"), (LORA, "float32"), (LORA, "bfloat16")])
+def test_weight_averaging_averages_the_policy_alone_and_resumes(
+    tmp_path: Path, kind: Any, lora: dict[str, Any] | None, dtype: str
+) -> None:
+    path = save_tiny(tmp_path / "base")
+
+    def run(steps: int, checkpoint: Path | None = None) -> tuple[NashMP, Any]:
+        module = build(model=path, tokenizer=None, lora=lora, loading=Loading(dtype=dtype))
+        average = kind(decay=0.9) if kind is EMAWeightAveraging else kind()
+        keep = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        fit = trainer(tmp_path, steps, callbacks=[average, keep], enable_checkpointing=True, val_check_interval=2)
+        base = {name: p.detach().clone() for name, p in module.named_parameters() if lora and "lora_" not in name}
+        fit.fit(module, prompts(), ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        for name, value in base.items():
+            assert torch.equal(module.get_parameter(name), value), name
+        return module, torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+
+    whole, saved = run(7)
+    resumed, saved_again = run(7, tmp_path / "step=3.ckpt")
+    for key in ("state_dict", "current_model_state"):
+        assert saved[key].keys() == saved_again[key].keys()
+        assert all(torch.equal(value, saved_again[key][name]) for name, value in saved[key].items()), key
+        assert all("lora_" in name for name in saved[key]) == (lora is not None)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    loaded = NashMP.load_from_checkpoint(tmp_path / "step=6.ckpt", judge=whole.judge)
+    for name, value in saved["state_dict"].items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_stochastic_weight_averaging_is_refused(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, -1, max_epochs=4, callbacks=[StochasticWeightAveraging(1e-2)])
+    with pytest.raises(ValueError, match="averages nothing; use WeightAveraging"):
+        fit.fit(build(), prompts())
+
+
+INTERRUPTED = """
+import os, signal, threading, lightning as L
+from lit_methods.datamodules import PromptDataModule
+from lit_methods.llm import NashMP
+from tests.unit.llm.tiny import LLAMA, PROMPTS, WORDS
+
+def judge(prompts, a, b):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Event().wait()  # for ever
+
+trainer = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, barebones=False)
+trainer.fit(NashMP(LLAMA, judge, {"words": WORDS}), PromptDataModule(PROMPTS, val_size=0, batch_size=2))
+"""
+
+
+def test_a_judge_that_hangs_can_be_interrupted() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], timeout=120, capture_output=True, text=True, cwd=Path(__file__).parents[4]
+    )
+    assert "KeyboardInterrupt" in done.stderr
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A saved LoRA adapter that changes its base a lot."""
+    module = build(model=save_tiny(tmp_path / "base"), tokenizer=None, lora=LORA)
+    with torch.no_grad():
+        for parameter in module.player_parameters("policy"):
+            parameter.normal_()
+    ExportHF().export(module, tmp_path / "adapter")
+    (tmp_path / "expected.pt").unlink(missing_ok=True)
+    torch.save(greedy(module, "policy"), tmp_path / "expected.pt")
+    return tmp_path / "adapter"
+
+
+def greedy(module: NashMP, player: str) -> Tensor:
+    tokens = torch.arange(2, 10).repeat(len(PROMPTS), 1)
+    full = Drawn(tokens, torch.ones_like(tokens, dtype=torch.bool), [], torch.zeros(len(PROMPTS), dtype=torch.bool))
+    with torch.no_grad():
+        return module._score(player, module.encode(list(PROMPTS)), full)[0]
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_an_adapter_folder_is_the_policy_and_its_reference(
+    adapter: Path, tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    expected = torch.load(tmp_path / "expected.pt")
+    base = greedy(build(model=str(tmp_path / "base"), tokenizer=None), "policy")
+    assert (expected - base).abs().max() > 0.5
+    module = build(model=str(adapter), tokenizer=None, lora=lora)
+    for player in ("policy", "reference", "target"):
+        torch.testing.assert_close(greedy(module, player), expected, atol=1e-4, rtol=0)
+    referring = build(model=str(tmp_path / "base"), tokenizer=None, lora=lora, reference=str(adapter))
+    torch.testing.assert_close(greedy(referring, "reference"), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(greedy(referring, "policy"), base, atol=1e-4, rtol=0)
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, 1, callbacks=[keep], enable_checkpointing=True).fit(module, prompts())
+    loaded = NashMP.load_from_checkpoint(tmp_path / "step=1.ckpt", judge=module.judge)
+    assert torch.equal(greedy(loaded, "policy"), greedy(module, "policy"))
+    if lora is not None:
+        with pytest.raises(ValueError, match="merging another adapter"):
+            ExportHF().export(module, tmp_path / "out")
+        ExportHF(merge=True).export(module, tmp_path / "out")
+        merged = build(model=str(tmp_path / "out"), tokenizer=None)
+        torch.testing.assert_close(greedy(merged, "policy"), greedy(module, "policy"), atol=1e-4, rtol=0)
+
+
+def test_adapters_that_cannot_be_loaded_are_named(adapter: Path) -> None:
+    with pytest.raises(ValueError, match="load_in_4bit cannot merge the adapter"):
+        build(model=str(adapter), tokenizer=None, lora=LORA, loading=Loading(load_in_4bit=True))
+    (adapter / "tokenizer.json").unlink()
+    (adapter / "tokenizer_config.json").unlink()
+    assert build(model=str(adapter), tokenizer=None).tokenizer.eos_token == "<eos>"  # that of the base
+    shutil.rmtree(adapter.parent / "base")
+    with pytest.raises(OSError, match=r"is an adapter of .*base', which cannot be loaded"):
+        build(model=str(adapter), tokenizer={"words": WORDS})
