@@ -324,7 +324,7 @@ def _load_judge(model: str | PreTrainedModel, tokenizer: Any, device: str | None
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if isinstance(tokenizer, str):
         tokenizer = load_any_tokenizer(tokenizer)
-    return model.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[arg-type]
+    return model.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[union-attr, arg-type]
 
 
 def _conversation(tokenizer: Any, prompt: Prompt, response: str) -> str:

@@ -111,10 +111,10 @@ def from_pretrained(kind: Any, model: str, **options: Any) -> Any:
     from peft import PeftModel, load_peft_weights
 
     if kind is AutoModelForSequenceClassification and "num_labels" not in options:
-        heads = {
-            w.shape[0] for name, w in load_peft_weights(model).items() if name.endswith((".score.weight", "er.weight"))
-        }
-        options |= {"num_labels": heads.pop()} if len(heads) == 1 else {}
+        # The adapter holds the trained head, whose size its base does not know.
+        saved = load_peft_weights(model).items()
+        heads = [weight.shape[0] for name, weight in saved if name.endswith((".score.weight", ".classifier.weight"))]
+        options |= {"num_labels": heads[0]} if heads else {}
     try:
         lm = kind.from_pretrained(base, **options)
     except OSError as error:

@@ -162,9 +162,8 @@ def test_adapters_of_judges_are_merged(tmp_path: Path) -> None:
     lora: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
     tokenizer = word_tokenizer([*WORDS[:16], "A", "B"])
     for kind, task in (("causal", "CAUSAL_LM"), ("reward", "SEQ_CLS")):
-        base = load_causal_lm(LLAMA)
-        base.save_pretrained(tmp_path / "base")
-        model: Any = base
+        load_causal_lm(LLAMA).save_pretrained(tmp_path / "base")
+        model: Any = load_causal_lm(str(tmp_path / "base"))
         if task == "SEQ_CLS":
             model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
         tuned = get_peft_model(model, LoraConfig(task_type=task, **lora))
