@@ -28,6 +28,8 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
+from lit_methods.optim.foundation.closures import RepeatedClosure
+
 __all__ = ["MDPO", "MDPOStepSize"]
 
 _SHARED = ("inner_steps", "step_size", "q", "anchor", "anchor_interval", "max_grad_norm")
@@ -145,6 +147,11 @@ class MDPO(Adam):
                     raise ValueError(f"{key} is shared by all parameter groups, got {group[key]!r} for one of them")
         self._run = _Run()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.gradients_cleared = True
+        super().zero_grad(set_to_none)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_run", _Run())
@@ -176,12 +183,11 @@ class MDPO(Adam):
                 )
             _adam_step(self)  # what torch.distributed.checkpoint does to create the state
             return None
-        first, run = None, self._run
+        first, run, evaluate = None, self._run, RepeatedClosure(self, closure)
         try:
             for run.inner_step in range(shared["inner_steps"]):
                 run.calls = 0
-                with torch.enable_grad():
-                    loss = closure()
+                loss = evaluate()
                 if run.inner_step == 0:
                     first = loss.detach() if isinstance(loss, Tensor) else loss
                 if loss is not None and not torch.as_tensor(loss).isfinite():

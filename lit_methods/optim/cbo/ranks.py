@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_methods.optim.foundation.ranks import world_size
+
 
 @dataclass
 class ParticleRanks:
@@ -25,7 +27,7 @@ class ParticleRanks:
     @property
     def size(self) -> int:
         """Number of ranks."""
-        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+        return world_size(self.group)
 
     @property
     def rank(self) -> int:

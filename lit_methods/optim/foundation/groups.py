@@ -67,7 +67,8 @@ def check_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
 def check_shared(group: dict[str, Any], defaults: dict[str, Any], keys: Sequence[str]) -> None:
     """Refuse a group whose value of one of ``keys``, which all groups share, is another one."""
     for key in keys:
-        if group.get(key, defaults[key]) != defaults[key]:
+        value = group.get(key, defaults[key])
+        if value is not defaults[key] and value != defaults[key]:
             raise ValueError(f"{key} is shared by all parameter groups, got {group[key]!r} for one of them")
 
 

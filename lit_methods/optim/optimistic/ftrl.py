@@ -43,7 +43,7 @@ class _Leader(OnlineOptimizer):
             raise ValueError(f"weight_decay must be >= 0 and finite, got {group['weight_decay']}")
         if not any(p.is_meta for p in group["params"]):
             with torch.no_grad():
-                self._play(group["params"], [p.to(state_dtype(p)) for p in group["params"]])
+                self._write_played(group["params"], [p.to(state_dtype(p)) for p in group["params"]])
 
     def _guesses(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor] | None:
         if self._optimism == "none":
@@ -52,7 +52,7 @@ class _Leader(OnlineOptimizer):
             return [loss_gradient(p, group, self._optimism(p)) for p in params]
         return gradients
 
-    def _play(self, params: list[Tensor], points: list[Tensor]) -> None:
+    def _write_played(self, params: list[Tensor], points: list[Tensor]) -> None:
         for p, x in zip(params, apply_constraint(self._constraint, points), strict=True):
             p.copy_(x)
 
@@ -134,7 +134,7 @@ class OptimisticFTRL(_Leader):
                 state["guess"].copy_(guesses[i])
                 total = total + guesses[i]
             points.append(state["start"] - 0.5 * eta.to(g.device) * total)
-        self._play(params, points)
+        self._write_played(params, points)
 
 
 class OptimisticFTL(_Leader):
@@ -192,4 +192,4 @@ class OptimisticFTL(_Leader):
             total = state["sum"] if guesses is None else state["sum"] + guesses[i]
             scale = group["lr"] / group["strong_convexity"]
             played.append((state["points"] - scale * total) / state["rounds"])
-        self._play(params, played)
+        self._write_played(params, played)

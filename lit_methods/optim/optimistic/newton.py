@@ -117,7 +117,7 @@ class OptimisticOnlineNewton(OnlineOptimizer):
         if not state:
             flat = _flatten(group["params"])
             eye = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
-            state.update(anchor=flat.clone(), matrix=eye * group["epsilon"], inverse=eye / group["epsilon"])
+            state.update(x_hat=flat.clone(), matrix=eye * group["epsilon"], inverse=eye / group["epsilon"])
         if group["lr"] == 0:
             return
         group["rounds"] += 1
@@ -128,10 +128,10 @@ class OptimisticOnlineNewton(OnlineOptimizer):
                 for p, has in zip(group["params"], present, strict=True)
             ]
         )
-        anchor, matrix, inverse = state["anchor"], state["matrix"], state["inverse"]
-        anchor.copy_(self._project(anchor - group["lr"] * (inverse @ g), matrix, group["radius"]))
+        x_hat, matrix, inverse = state["x_hat"], state["matrix"], state["inverse"]
+        x_hat.copy_(self._project(x_hat - group["lr"] * (inverse @ g), matrix, group["radius"]))
         add_rank_one_(matrix, inverse, g, 0.5 * group["beta"], refactor=group["rounds"] % len(g) == 0)
-        played = anchor
+        played = x_hat
         if self._optimism != "none":
             guess = g
             if callable(self._optimism):
@@ -140,7 +140,7 @@ class OptimisticOnlineNewton(OnlineOptimizer):
                     for p, has in zip(group["params"], present, strict=True)
                 ]
                 guess = _flatten(hints)
-            played = self._project(anchor - group["lr"] * (inverse @ guess), matrix, group["radius"])
+            played = self._project(x_hat - group["lr"] * (inverse @ guess), matrix, group["radius"])
         parts = played.split([p.numel() for p in group["params"]])
         for p, part, has in zip(group["params"], parts, present, strict=True):
             if has:

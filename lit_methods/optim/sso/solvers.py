@@ -165,7 +165,7 @@ class ConjugateGradient(InnerSolver):
                 iterates.append([x.clone() for x in solution])
         if taken.bit_count() > 1:
             iterates.append(solution)
-        surrogate.anchor()
+        surrogate.remember()
         after, chosen = before, None
         for iterate in reversed(iterates):
             surrogate.move(iterate, 1.0)
@@ -252,7 +252,7 @@ class StrongWolfeLBFGS(InnerSolver):
     ) -> InnerResult:
         """Take at most ``steps`` iterations."""
         kept = _detach_grads(surrogate.params)
-        surrogate.anchor()
+        surrogate.remember()
         solver = LBFGS(
             surrogate.params,
             max_iter=steps,
@@ -307,7 +307,7 @@ class OptimizerSteps(InnerSolver):
         """Take at most ``steps`` inner steps."""
         assert lasting is not None
         kept = _detach_grads(surrogate.params)
-        surrogate.anchor()
+        surrogate.remember()
         before, taken = math.nan, 0
         for k in range(steps):
             value = surrogate.value()
@@ -360,7 +360,7 @@ def _line_search(
     least: float = 0.0,
 ) -> tuple[float, float] | None:
     """Go along ``-gradient``; the new value and the accepted length, or None and unchanged parameters."""
-    surrogate.anchor()
+    surrogate.remember()
     for _ in range(trials):
         surrogate.move(gradient, -length)
         new = surrogate.value(graph)

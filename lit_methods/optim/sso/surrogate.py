@@ -87,7 +87,7 @@ class TargetSurrogate:
         self._sharded = any(is_dtensor(p) for p in params)
         self.forward_mode = forward_mode and not self._sharded
         self._value: Tensor | None = None
-        self._anchor: list[Tensor] | None = None
+        self._remembered: list[Tensor] | None = None
         self.first_outputs: list[Tensor] | None = None
 
     # ---- values and derivatives
@@ -138,7 +138,7 @@ class TargetSurrogate:
                 local = sum((t * h).sum() for t, h in zip(tangents, self._hessian(outputs, tangents), strict=True))
                 total = self.mean_over_ranks([torch.as_tensor(local) * self._weight])[0]
                 return float(total) + self._decayed_square(direction)
-        self.anchor()
+        self.remember()
         self.move(direction, -trial)
         beyond = self.value(graph=False)
         self.restore()
@@ -167,12 +167,12 @@ class TargetSurrogate:
     # ---- moving the parameters
 
     @torch.no_grad()
-    def anchor(self) -> None:
+    def remember(self) -> None:
         """Remember the parameters."""
-        if self._anchor is None:
-            self._anchor = [local_tensor(p).clone() for p in self.params]
+        if self._remembered is None:
+            self._remembered = [local_tensor(p).clone() for p in self.params]
         else:
-            torch._foreach_copy_(self._anchor, [local_tensor(p) for p in self.params])
+            torch._foreach_copy_(self._remembered, [local_tensor(p) for p in self.params])
 
     @torch.no_grad()
     def move(self, direction: list[Tensor], length: float) -> None:
@@ -184,8 +184,8 @@ class TargetSurrogate:
     @torch.no_grad()
     def restore(self) -> None:
         """Return to the remembered parameters."""
-        assert self._anchor is not None
-        torch._foreach_copy_([local_tensor(p) for p in self.params], self._anchor)
+        assert self._remembered is not None
+        torch._foreach_copy_([local_tensor(p) for p in self.params], self._remembered)
 
     # ---- ranks
 
