@@ -122,7 +122,7 @@ class CategoricalPolicy(SizedNetwork):
         num_actions: number of actions, >= 2; None: likewise.
         hidden_features: width of each hidden layer.
         activation: name of a ``torch.nn`` activation class.
-        initialization: as in :class:`GaussianPolicy`.
+        initialization: "orthogonal" (gain sqrt(2), 0.01 for the means, zero biases) or torch's "default".
 
     Shape:
         ``(..., observation_size)`` -> distribution of ``(...)`` int64 actions.
@@ -155,7 +155,7 @@ class ValueNetwork(SizedNetwork):
         observation_size: numbers in one observation, >= 1; None: as the environment or data has it.
         hidden_features: width of each hidden layer.
         activation: name of a ``torch.nn`` activation class.
-        initialization: as in :class:`GaussianPolicy`, with gain 1 for the output.
+        initialization: "orthogonal" (gain sqrt(2), 1 for the output, zero biases) or torch's "default".
 
     Shape:
         ``(..., observation_size)`` -> ``(...)``.

@@ -15,7 +15,7 @@ class ParticleRanks:
     """Shares out data, particles or coordinates; without several processes everything is the identity.
 
     Attributes:
-        shard: "data" or "particles", as in :class:`~lit_methods.optim.CBO`.
+        shard: what the ranks share out, "data" or "particles".
         group: the ranks that work together, None for all.
         own_coordinates: whether each rank holds other coordinates of all particles (DTensor parameters).
     """
