@@ -261,9 +261,10 @@ def test_evaluation_may_sample_actions_the_same_every_time():
         data = with_agent(
             RolloutDataModule(Counter, num_eval_episodes=8, eval_actions=actions, env_kwargs={"end": 20}), Sampler(0.0)
         )
-        state = torch.get_rng_state()
         first, second = (next(iter(data.val_dataloader())) for _ in range(2))
         assert torch.equal(first.lengths, second.lengths)
+        state = torch.get_rng_state()
+        evaluate(Sampler(0.0), Counter, {"end": 20}, [1, 2], deterministic=actions == "mean")
         assert torch.equal(torch.get_rng_state(), state)
         episodes[actions] = first.lengths
     assert (episodes["mean"] == 20).all()
