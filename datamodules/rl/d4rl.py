@@ -66,6 +66,7 @@ class D4RLDataModule(EnvironmentDataModule):
         num_eval_episodes: episodes per evaluation, >= 1.
         env_kwargs: keyword arguments of ``eval_env``.
         seed: of the draws and evaluation episodes, >= 0.
+        eval_actions: "mean": evaluate the module's deterministic actions; "sample": those it takes in training.
 
     Attributes:
         num_transitions: how many there are, after ``setup``.
@@ -98,8 +99,9 @@ class D4RLDataModule(EnvironmentDataModule):
         num_eval_episodes: int = 10,
         env_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
+        eval_actions: Literal["mean", "sample"] = "mean",
     ) -> None:
-        super().__init__(eval_env or "", env_kwargs, num_eval_episodes, seed)
+        super().__init__(eval_env or "", env_kwargs, num_eval_episodes, seed, eval_actions=eval_actions)
         for name, value, allowed in (
             ("format", format, ("auto", "d4rl", "minari")),
             ("kind", kind, ("transitions", "episodes")),

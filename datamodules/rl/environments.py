@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -174,8 +174,8 @@ class Collector:
 class EnvironmentDataModule(pl.LightningDataModule):
     """Evaluation episodes for validation and test, and what training data from environments shares.
 
-    Validation and test play ``num_eval_episodes`` episodes with the module's deterministic actions, shared out over the
-    ranks, in environments of their own, from the same seeds every time; prediction is over their first observations.
+    Validation and test play ``num_eval_episodes`` episodes, shared out over the ranks, in environments of their own,
+    from the same seeds every time; prediction is over their first observations.
 
     Args:
         env: gymnasium id, or a function that builds an environment.
@@ -183,6 +183,7 @@ class EnvironmentDataModule(pl.LightningDataModule):
         num_eval_episodes: episodes per evaluation, >= 1.
         seed: of training and evaluation episodes, >= 0.
         record_to: HDF5 file to write the training steps to when training ends.
+        eval_actions: "mean": the module's deterministic actions; "sample": what it does in training.
     """
 
     def __init__(
@@ -192,9 +193,13 @@ class EnvironmentDataModule(pl.LightningDataModule):
         num_eval_episodes: int,
         seed: int,
         record_to: str | Path | None = None,
+        eval_actions: Literal["mean", "sample"] = "mean",
     ) -> None:
         super().__init__()
+        if eval_actions not in ("mean", "sample"):
+            raise ValueError(f"eval_actions must be 'mean' or 'sample', got {eval_actions!r}")
         self.record_to = record_to
+        self.eval_actions = eval_actions
         self._collector: Collector | None = None
         self._spaces: Spaces | None = None
         self.env = env
@@ -277,8 +282,8 @@ class _Evaluation(IterableDataset[EpisodeBatch]):
         return 1
 
     def __iter__(self) -> Iterator[EpisodeBatch]:
-        agent = self.datamodule._agent()
-        yield evaluate(agent, self.datamodule.env, self.datamodule.env_kwargs, self.seeds, agent.device)
+        data, agent = self.datamodule, self.datamodule._agent()
+        yield evaluate(agent, data.env, data.env_kwargs, self.seeds, agent.device, data.eval_actions == "mean")
 
 
 def make_env(factory: EnvFactory, env_kwargs: dict[str, Any]) -> gym.Env:
@@ -313,21 +318,25 @@ def evaluate(
     env_kwargs: dict[str, Any],
     seeds: Sequence[int],
     device: torch.device | str = "cpu",
+    deterministic: bool = True,
 ) -> EpisodeBatch:
-    """Play one episode per seed with deterministic actions, in environments of their own."""
+    """Play one episode per seed, in environments of their own; random actions, too, are the same every time."""
     envs = SyncVectorEnv([partial(make_env, factory, env_kwargs)] * len(seeds), autoreset_mode=AutoresetMode.SAME_STEP)
     space = envs.single_action_space
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
     playing = np.ones(len(seeds), bool)
-    observations, _ = envs.reset(seed=list(seeds))
-    while playing.any():
-        actions, _ = agent.act(torch.from_numpy(_float32(observations)).to(device), deterministic=True)
-        chosen = actions.float().cpu().numpy() if isinstance(space, gym.spaces.Box) else actions.cpu().numpy()
-        chosen = np.clip(chosen, space.low, space.high) if isinstance(space, gym.spaces.Box) else chosen
-        observations, rewards, terminated, truncated, _ = envs.step(chosen)
-        returns += rewards * playing
-        lengths += playing
-        playing &= ~(terminated | truncated)
+    with torch.random.fork_rng(enabled=not deterministic):
+        if not deterministic:
+            torch.manual_seed(seeds[0])
+        observations, _ = envs.reset(seed=list(seeds))
+        while playing.any():
+            actions, _ = agent.act(torch.from_numpy(_float32(observations)).to(device), deterministic)
+            chosen = actions.float().cpu().numpy() if isinstance(space, gym.spaces.Box) else actions.cpu().numpy()
+            chosen = np.clip(chosen, space.low, space.high) if isinstance(space, gym.spaces.Box) else chosen
+            observations, rewards, terminated, truncated, _ = envs.step(chosen)
+            returns += rewards * playing
+            lengths += playing
+            playing &= ~(terminated | truncated)
     envs.close()
     return EpisodeBatch(torch.tensor(returns, dtype=torch.float32), torch.tensor(lengths))
 

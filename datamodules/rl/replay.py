@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class ReplayDataModule(EnvironmentDataModule):
         record_to: HDF5 file in D4RL's layout to write all training steps to when training ends (each rank its own;
             after a resume, those since).
         seed: of all episodes, the random steps and the draws, >= 0.
+        eval_actions: "mean": evaluate the module's deterministic actions; "sample": those it takes in training.
 
     Raises:
         ValueError: an argument out of range; in ``setup``, spaces that do not fit.
@@ -62,8 +63,9 @@ class ReplayDataModule(EnvironmentDataModule):
         env_kwargs: dict[str, Any] | None = None,
         record_to: str | Path | None = None,
         seed: int = 0,
+        eval_actions: Literal["mean", "sample"] = "mean",
     ) -> None:
-        super().__init__(env, env_kwargs, num_eval_episodes, seed, record_to)
+        super().__init__(env, env_kwargs, num_eval_episodes, seed, record_to, eval_actions)
         self.num_envs = check_int("num_envs", num_envs, 1)
         self.capacity = check_int("capacity", capacity, 1)
         self.batch_size = check_int("batch_size", batch_size, 1)

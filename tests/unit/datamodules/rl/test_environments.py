@@ -248,3 +248,26 @@ def test_training_steps_can_be_recorded(tmp_path):
     shifted = D4RLDataModule(path)
     shifted.setup("fit")
     assert shifted.num_transitions == 12  # of 20 steps each third is cut by the time limit, and the last of each row
+
+
+def test_evaluation_may_sample_actions_the_same_every_time():
+    class Sampler(Agent):
+        def act(self, observations, deterministic=False):
+            actions, log_probs = super().act(observations)
+            return (actions if deterministic else actions + torch.rand_like(actions)), log_probs
+
+    episodes = {}
+    for actions in ("mean", "sample"):
+        data = with_agent(
+            RolloutDataModule(Counter, num_eval_episodes=8, eval_actions=actions, env_kwargs={"end": 20}), Sampler(0.0)
+        )
+        first, second = (next(iter(data.val_dataloader())) for _ in range(2))
+        assert torch.equal(first.lengths, second.lengths)
+        state = torch.get_rng_state()
+        evaluate(Sampler(0.0), Counter, {"end": 20}, [1, 2], deterministic=actions == "mean")
+        assert torch.equal(torch.get_rng_state(), state)
+        episodes[actions] = first.lengths
+    assert (episodes["mean"] == 20).all()
+    assert (episodes["sample"] < 20).any()
+    with pytest.raises(ValueError, match="eval_actions must be 'mean' or 'sample', got 'max'"):
+        RolloutDataModule(Counter, eval_actions="max")
