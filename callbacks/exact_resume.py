@@ -339,7 +339,7 @@ def _load_between_epochs(loader: Any, state: dict[str, Any]) -> None:
         loader.sampler.next_yielded = None  # it would start the next pass at the end of the last one
 
 
-_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 
 def check_optimizers(trainer: Trainer, kinds: list[str] | None, states: list[dict[str, Any]]) -> None:

@@ -3,9 +3,12 @@
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
 from lit_methods.batches import SupervisedBatch
@@ -61,6 +64,15 @@ class CBOModule(SupervisedModule):
         super().__init__(network, num_classes, loss, metrics, optimizer, lr_scheduler)
         self.automatic_optimization = False
         self.chunk_size = chunk_size
+
+    def on_fit_start(self) -> None:
+        """Refuse a callback that trains for another epoch to renew batch normalisation."""
+        normalized = any(isinstance(module, _BatchNorm) for module in self.network.modules())
+        if normalized and any(isinstance(c, StochasticWeightAveraging) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "StochasticWeightAveraging renews batch normalisation in training steps, which a swarm cannot take: "
+                "use WeightAveraging or EMAWeightAveraging"
+            )
 
     def on_train_start(self) -> None:
         """Refuse Lightning's search for a learning rate."""

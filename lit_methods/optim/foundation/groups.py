@@ -88,7 +88,7 @@ def check_own_state(optimizer: Optimizer, state_dict: dict[str, Any], known: set
         state_dict: what it is about to load.
         known: the names that its state of a parameter, or of all parameters together, may hold.
     """
-    of_schedulers = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+    of_schedulers = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
     foreign = set().union(*state_dict["param_groups"]) - of_schedulers.union(*optimizer.param_groups)
     foreign |= set().union(*state_dict["state"].values()) - known
     if foreign:
