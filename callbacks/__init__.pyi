@@ -1,5 +1,7 @@
 from .cbo import CBOCooling as CBOCooling
 from .cbo import LandscapePaths as LandscapePaths
+from .checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
+from .checkpoints import LastCheckpoint as LastCheckpoint
 from .convergence_curves import ConvergenceCurves as ConvergenceCurves
 from .convergence_rates import ConvergenceRates as ConvergenceRates
 from .exact_resume import ExactResume as ExactResume

@@ -13,7 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchmetrics import Metric, MetricCollection
+
+from lit_methods.precision import convert_to_precision
 
 # Where in an epoch a checkpoint was written, as far as what is still to be done there depends on it.
 _AFTER_STEP = "after a step"  # a validation may be due
@@ -41,9 +45,13 @@ class ExactResume(Callback):
     - written at an epoch's end, and ``max_steps`` is set: the epochs' numbers and orders shift;
     - written before a validation within an epoch: that validation is left out;
     - ``configure_optimizers`` asks for ``estimated_stepping_batches``: the epoch starts anew with the loader;
+    - written at an epoch's end: streams that go on across epochs (environments, replay buffers) start anew;
+    - ``precision="64-true"``: weights come back rounded to float32, also in ``validate``, ``test`` and ``predict``;
     - loaders have worker processes: they fetch ahead in the order of epoch 0;
     - ``ReduceLROnPlateau``: not stepped at the end of the resumed epoch;
-    - ``ModelCheckpoint`` in a new log folder forgets which models were the best so far (their files must still exist).
+    - ``ModelCheckpoint`` in a new log folder, or from another working folder, forgets which models were the best so far
+      (their files must still exist, where they were or beside the checkpoint);
+    - the state of another kind of optimizer is loaded without a word.
 
     What it needs from you (our datamodules and recipes have it; it warns when it sees that something is missing):
 
@@ -65,27 +73,42 @@ class ExactResume(Callback):
         self._restoring: dict[str, Any] | None = None  # what this rank still has to restore
         self._where = _BETWEEN_EPOCHS
         self._final: list[dict[str, Any]] | None = None  # the state when training ended
+        self._kinds: dict[str, Any] = {}  # precision and optimizers of the run that wrote the checkpoint
+        self._buffers: dict[str, Tensor] = {}  # of the checkpoint, which may be wider than the Trainer's precision
+        self._optimizer_states: list[dict[str, Any]] = []
         self._means: dict[str, dict[str, Tensor]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every rank as it was saved or loaded last."""
-        return {"ranks": self._ranks} if self._ranks else {}
+        return {"ranks": self._ranks, **self._kinds} if self._ranks else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of every rank; :meth:`on_train_start` puts it in force."""
         self._ranks = state_dict["ranks"]
+        self._kinds = {key: value for key, value in state_dict.items() if key != "ranks"}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Convert the module to the Trainer's precision; Lightning would do it after it has loaded a checkpoint."""
+        convert_to_precision(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather the state of every rank into the checkpoint."""
         self._ranks = self._final or _gather(_capture(trainer, pl_module))
+        self._kinds = {"precision": trainer.precision, "optimizers": [type(o).__qualname__ for o in trainer.optimizers]}
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Pick this rank's state and tell Lightning's loops where the checkpoint was written."""
-        if trainer.state.fn != TrainerFn.FITTING:
+        state = checkpoint["callbacks"].get(self.state_key)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if state is not None and state.get("precision") == trainer.precision:
+            # Callbacks that average weights put the average into "state_dict".
+            weights = checkpoint.get("current_model_state" if fitting else "", checkpoint["state_dict"])
+            self._buffers = {name: weights[name] for name, _ in pl_module.named_buffers() if name in weights}
+        if not fitting:
             return
         _keep_best_models(trainer, checkpoint)
-        state = checkpoint["callbacks"].get(self.state_key)
+        self._optimizer_states = checkpoint.get("optimizer_states", [])
         if state is None:
             rank_zero_warn("The checkpoint was written without ExactResume: the resumed run will differ.")
             return
@@ -100,6 +123,27 @@ class ExactResume(Callback):
             self._restoring = {key: ranks[0][key] for key in ("loaders", "callback_metrics")}
         self._where = _rewind(checkpoint["loops"]["fit_loop"])
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse the states of other optimizers, and restore wide buffers."""
+        check_optimizers(trainer, self._kinds.get("optimizers"), self._optimizer_states)
+        self._optimizer_states = []
+        self._widen_buffers(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore wide buffers."""
+        self._widen_buffers(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def _widen_buffers(self, pl_module: LightningModule) -> None:
+        """Give back what converting the module to a narrow precision took; a run may keep sums in a wider one."""
+        buffers, self._buffers = self._buffers, {}
+        for name, saved in buffers.items():
+            owner, _, key = name.rpartition(".")
+            now = pl_module.get_buffer(name)
+            if saved.is_floating_point() and saved.element_size() > now.element_size():
+                setattr(pl_module.get_submodule(owner), key, saved.to(now.device))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore everything, or say what the loaders lack."""
         self._final = None
@@ -109,6 +153,7 @@ class ExactResume(Callback):
             trainer.callback_metrics.update(state["callback_metrics"])
             _resume_loops(trainer, self._where, state["loaders"])
         _check_loaders(trainer)
+        _check_lengths(trainer)
         if state is not None and "rng" in state:
             _restore_metrics(pl_module, state["metrics"], within_epoch)
             self._means = state["means"] if within_epoch else {}
@@ -146,7 +191,7 @@ def _capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     }
 
 
-def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
+def _gather(state: Any) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()):
         return [state]
     states: list[Any] = [None] * dist.get_world_size()
@@ -253,6 +298,8 @@ def _resume_loops(trainer: Trainer, where: str, loader_states: list[Any]) -> Non
     epochs: Any = fit.epoch_progress
     fetcher = fit._data_fetcher
     assert fetcher is not None
+    loaders = _train_loaders(trainer)
+    stateful = [loader for loader in loaders if hasattr(loader, "load_state_dict")]
     if where == _AT_EPOCH_END:  # the end hooks have run; what monitors a metric comes after them
         epochs.current.completed = epochs.current.processed - 1
         loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
@@ -261,6 +308,8 @@ def _resume_loops(trainer: Trainer, where: str, loader_states: list[Any]) -> Non
             counts.ready = counts.started = counts.completed = counts.processed
         loop.restarting = False
         fit.on_iteration_done()  # nothing is left to resume: start the next epoch as ever
+        for loader, state in zip(stateful, loader_states, strict=True):
+            _load_between_epochs(loader, state)
         return
     if not loop._should_check_val_fx(fetcher):
         if not loop._should_accumulate():
@@ -270,21 +319,66 @@ def _resume_loops(trainer: Trainer, where: str, loader_states: list[Any]) -> Non
         loop.val_loop.restarting = False
         loop.val_loop._restart_stage = "restarted_mid_evaluation"  # validate before the next step
     if not loop.batch_progress.is_last_batch:
-        loaders = _train_loaders(trainer)
         for loader in loaders:
             if hasattr(getattr(loader, "sampler", None), "set_epoch"):
                 loader.sampler.set_epoch(epochs.current.processed)
-        stateful = [loader for loader in loaders if hasattr(loader, "load_state_dict")]
         for loader, state in zip(stateful, loader_states, strict=True):
             loader.load_state_dict(state)
         iter(fetcher)
 
 
+def _load_between_epochs(loader: Any, state: dict[str, Any]) -> None:
+    """Load a state of an epoch's end: what goes on across epochs is kept, the next pass starts at its beginning."""
+    if not isinstance(loader, StatefulDataLoader):
+        loader.load_state_dict(state)
+        return
+    # Lightning counts the batches and never asks for one too many, so that the state does not say that it is the end.
+    loader.load_state_dict({**state, "_iterator_finished": True})
+    iter(loader)
+    if isinstance(loader.sampler, StatefulDistributedSampler):
+        loader.sampler.next_yielded = None  # it would start the next pass at the end of the last one
+
+
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+
+
+def check_optimizers(trainer: Trainer, kinds: list[str] | None, states: list[dict[str, Any]]) -> None:
+    """Refuse the states of other optimizers than the run's; Lightning and torch load what they can of them."""
+    if not states:
+        return
+    now = [type(optimizer).__qualname__ for optimizer in trainer.optimizers]
+    if kinds not in (None, now):
+        raise ValueError(f"{trainer.ckpt_path} was written with the optimizers {kinds}, the run has {now}")
+    if len(states) != len(now):
+        raise ValueError(f"{trainer.ckpt_path} holds the states of {len(states)} optimizers, the run has {now}")
+    for optimizer, state in zip(trainer.optimizers, states, strict=True):
+        known = _OF_SCHEDULERS.union(*optimizer.param_groups)
+        foreign = sorted(set().union(*state.get("param_groups", ())) - known)
+        if foreign:
+            raise ValueError(
+                f"{trainer.ckpt_path} holds the state of another optimizer than {type(optimizer).__name__}: {foreign}"
+            )
+
+
 def _keep_best_models(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Find the best models of the run that wrote the checkpoint: beside it, or where they were."""
     for callback in trainer.checkpoint_callbacks:
         state = checkpoint["callbacks"].get(callback.state_key)
-        if isinstance(callback, ModelCheckpoint) and state and all(map(os.path.exists, state["best_k_models"])):
-            state["dirpath"] = callback.dirpath  # which is what it compares
+        if not isinstance(callback, ModelCheckpoint) or not state:
+            continue
+        beside = os.path.dirname(os.path.abspath(str(trainer.ckpt_path)))
+        paths = {state["best_model_path"], state["kth_best_model_path"], *state["best_k_models"]}
+        found = {}
+        for path in filter(None, paths):
+            places = (os.path.join(beside, os.path.basename(path)), path)
+            found[path] = next(filter(os.path.exists, places), "")
+        missing = sorted(path for path in found if not found[path])
+        if missing and callback.monitor is not None:
+            rank_zero_warn(f"These best checkpoints so far are gone, and forgotten: {missing}")
+        state["best_k_models"] = {found[path]: score for path, score in state["best_k_models"].items() if found[path]}
+        for key in ("best_model_path", "kth_best_model_path"):
+            state[key] = found.get(state[key], "")
+        state["dirpath"] = callback.dirpath  # which is what it compares
 
 
 def _train_loaders(trainer: Trainer) -> list[Any]:
@@ -310,6 +404,16 @@ def _check_loaders(trainer: Trainer) -> None:
             f"ExactResume: {problem}. A run resumed within an epoch will differ. Cure: a torchdata StatefulDataLoader "
             "with its own sampler (lit_methods.datamodules.tensors.ShuffledSampler) or a dataset with a state_dict and "
             "a length, and Trainer(use_distributed_sampler=False)."
+        )
+
+
+def _check_lengths(trainer: Trainer) -> None:
+    """Refuse ranks of unequal length: the longer ones would wait for the others' gradients for ever."""
+    lengths = _gather(trainer.num_training_batches)
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the training loaders must have equally many batches on every rank, got {lengths}: use torchdata's "
+            f"StatefulDistributedSampler, or Trainer(limit_train_batches={min(lengths)})"
         )
 
 

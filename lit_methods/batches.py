@@ -1,6 +1,6 @@
 """Batch contracts: the NamedTuples that methods and datamodules share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ class SupervisedBatch(NamedTuple):
     y: Tensor
 
 
-Prompt = str | list[dict[str, str]]
-"""A plain text, or chat messages ``[{"role": ..., "content": ...}, ...]`` that end before the assistant's answer."""
+Prompt = str | list[dict[str, Any]]
+"""A plain text, or chat messages ``[{"role": ..., "content": ...}, ...]`` that end before the assistant's answer.
+
+Contents are texts; further fields of a message, such as ``tool_calls``, are for the chat template.
+"""
 
 
 class PromptBatch(NamedTuple):

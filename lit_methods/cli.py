@@ -13,18 +13,24 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_methods
 from lit_methods import recipes
+from lit_methods.masking import mask_secrets
 
 RECIPES = Path(recipes.__file__).parent
 DESCRIPTION = "Published methods as Lightning software. 'lit-methods recipes' lists what 'fit --config NAME' can run."
 SETUP_ERRORS = (ValueError, TypeError, ImportError, OSError, LookupError, AttributeError, MisconfigurationException)
+
+LOADING = {"resume_start", "restore_model", "restore_datamodule", "restore_callbacks", "restore_training_state"}
+LOADING |= {"check_optimizers"}  # of ExactResume; the others are Lightning's
 
 
 def main() -> None:
@@ -33,12 +39,7 @@ def main() -> None:
         show_recipes()
         return
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 beside torch 2.13
-    try:
-        LitMethodsCLI()
-    except SETUP_ERRORS as error:
-        if any(frame.name == "configure_optimizers" for frame in traceback.extract_tb(error.__traceback__)):
-            fail(f"configure_optimizers: {error}")
-        raise
+    LitMethodsCLI()
 
 
 def fail(message: str) -> NoReturn:
@@ -104,8 +105,35 @@ class LitMethodsCLI(LightningCLI):
                 raise
             fail(explain(str(error)))
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the model as it is configured; Lightning lets the checkpoint's hyperparameters win over options."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; a wrong argument of an optimizer or a checkpoint that cannot be loaded ends in one line."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+            if "JSONARGPARSE_DEBUG" in os.environ:
+                raise
+            if "configure_optimizers" in frames and isinstance(error, SETUP_ERRORS):
+                fail(f"configure_optimizers: {error}")
+            if frames & LOADING:
+                path, reason = str(self.trainer.ckpt_path), " ".join(str(error).split())
+                if path not in reason:
+                    reason = f"{path} cannot be loaded: {type(error).__name__}: {reason}"
+                fail(shorten(reason, 400))
+            raise
+
 
 class _Parser(LightningArgumentParser):
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The configuration as text for files, hyperparameters and checkpoints, with secrets masked."""
+        text = super().dump(*args, **kwargs)
+        config = yaml.safe_load(text)
+        masked = mask_secrets(config)
+        return text if masked == config else yaml.safe_dump(masked, sort_keys=False)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
             super().error(message, ex)
@@ -168,6 +196,9 @@ def _close_matches(message: str, options: Iterable[str]) -> str:
     if found := re.search(r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message):
         name = found[1] or found[2]
         classes = re.findall(r"class_path(?:=| )'([\w.]+)'", message[: found.end() + 200])
+        moved = getattr(_import(classes[-1]), "moved_arguments", {}) if classes else {}
+        if name in moved:
+            return f"; it is now {moved[name]}"
         names = list(inspect.signature(_import(classes[-1])).parameters) if classes else [o[2:] for o in options]
         return _did_you_mean(name, names)
     return ""

@@ -12,7 +12,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_methods.batches import SupervisedBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim import SSO
+from lit_methods.precision import load_unrounded
 
 __all__ = ["SSOModule", "SupervisedModule"]
 
@@ -50,6 +52,7 @@ class SupervisedModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, or None for regression, got {num_classes}")
         self.save_hyperparameters(ignore=live_arguments(locals()))
@@ -137,6 +140,10 @@ class SSOModule(SupervisedModule):
     ) -> None:
         super().__init__(network, num_classes, loss, metrics, optimizer, lr_scheduler)
         self.automatic_optimization = False
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
         """Take one step; the loss before it."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from lit_methods.callbacks.mfac.training_gradients import Criterion, check_source, sample_batches, training_gradients
@@ -33,8 +34,10 @@ class MFACPruning(Callback):
 
     At the start of each scheduled epoch the least important weights are set to zero and the others are adjusted. From
     then on their gradients are zeroed before every optimizer step and the weights after it. Optimizer state that is
-    shaped like a weight (momenta) is zeroed where weights were dropped. Works with any LightningModule on one device or
-    under DDP, where each rank computes its share of the gradients and all ranks end with the same weights.
+    shaped like a weight (momenta) is zeroed where weights were dropped, and so are the averages of weights that
+    Lightning's ``WeightAveraging``, ``EMAWeightAveraging`` and ``StochasticWeightAveraging`` keep. Works with any
+    LightningModule on one device or under DDP, where each rank computes its share of the gradients and all ranks end
+    with the same weights.
 
     The gradients are those of the training loss in evaluation mode, on samples drawn anew from the training dataset;
     logged values, metrics, buffers, ``.grad`` and random number generators are left as they were. Without a Trainer,
@@ -141,6 +144,7 @@ class MFACPruning(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the prunable weights and watch the optimizers."""
         self._prepare(pl_module)
+        self._prune_averages(trainer)
         self._handles = [
             optimizer.register_step_post_hook(lambda *args: self._zero_dropped()) for optimizer in trainer.optimizers
         ]
@@ -244,6 +248,18 @@ class MFACPruning(Callback):
                 for value in optimizer.state.get(p, {}).values():
                     if isinstance(value, Tensor) and value.shape == p.shape:
                         value.masked_fill_(~self.masks[name], 0)
+        self._prune_averages(trainer)
+
+    @torch.no_grad()
+    def _prune_averages(self, trainer: Any) -> None:
+        """Zero the dropped weights in averages of weights; later updates mix zeros with zeros."""
+        for callback in trainer.callbacks:
+            average = getattr(callback, "_average_model", None)  # of Lightning's callbacks
+            if isinstance(average, nn.Module):
+                module = average.module if isinstance(average, AveragedModel) else average
+                for name, mask in self.masks.items():
+                    p = module.get_parameter(name)
+                    p.masked_fill_(~mask.to(p.device), 0)
 
     @torch.no_grad()
     def _prune_to(self, sparsity: float, gradients: GradientSource, distributed: bool = False) -> None:

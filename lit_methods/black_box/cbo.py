@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lit_methods.batches import SupervisedBatch
+from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim import CBO, particle_losses
 from lit_methods.optim.cbo.swarm import ParticleOptimizer
 from lit_methods.supervised import SupervisedModule
@@ -60,6 +61,10 @@ class CBOModule(SupervisedModule):
         super().__init__(network, num_classes, loss, metrics, optimizer, lr_scheduler)
         self.automatic_optimization = False
         self.chunk_size = chunk_size
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     @torch.no_grad()
     def training_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim.cbo.swarm import ParticleOptimizer
+from lit_methods.precision import load_unrounded
 
 __all__ = ["LandscapeMinimization"]
 
@@ -52,6 +54,7 @@ class LandscapeMinimization(LightningModule):
         tolerance: float = 0.5,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         if not methods:
             raise ValueError("methods must name at least one optimizer, got {}")
         if not start:
@@ -70,6 +73,10 @@ class LandscapeMinimization(LightningModule):
         self.methods = methods
         self.inner_steps, self.steps_per_epoch, self.tolerance = inner_steps, steps_per_epoch, tolerance
         self.points = nn.ModuleList(nn.ParameterList(torch.tensor(start) for _ in range(num_runs)) for _ in methods)
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     def forward(self, points: Tensor) -> Tensor:
         """Values ``(...)`` at points ``(..., d)``."""

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.optim import OptimisticOMD
+from lit_methods.precision import load_unrounded
 
 __all__ = ["MatrixGame"]
 
@@ -47,6 +48,7 @@ class MatrixGame(LightningModule):
         optimizer: OptimizerCallable = lambda params: OptimisticOMD(params, lr=0.1, step_size="constant"),
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         matrix = torch.tensor(payoff, dtype=torch.float64)
         if matrix.ndim != 2 or 0 in matrix.shape:
             raise ValueError(f"payoff must be a matrix, got shape {tuple(matrix.shape)}")

@@ -11,6 +11,8 @@ from lit_methods.games.preference import (
     preference_iteration,
     regularized_nash,
 )
+from lit_methods.lr_find import refuse_lr_finder
+from lit_methods.precision import load_unrounded
 
 METHODS = ("nash_mp", "nash_prox", "self_play", "nash_md")
 
@@ -49,6 +51,7 @@ class PreferenceGame(L.LightningModule):
         num_iterations: int = 200,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters()
         self.automatic_optimization = False
         if not beta > 0:
@@ -74,6 +77,10 @@ class PreferenceGame(L.LightningModule):
 
     def _kl(self, log_pi: Tensor) -> Tensor:
         return (self.equilibrium.exp() * (self.equilibrium - log_pi)).sum(-1)
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     def train_dataloader(self) -> DataLoader:
         """A loader of ``num_iterations`` indices: the game needs no data."""

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.nets import MLP
 from lit_methods.optim import OptimisticAdam
+from lit_methods.precision import load_unrounded
 
 __all__ = ["RingGAN"]
 
@@ -56,6 +57,7 @@ class RingGAN(LightningModule):
         optimizer: OptimizerCallable = lambda params: OptimisticAdam(params, lr=1e-3, betas=(0.5, 0.9)),
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         for name, value in (
             ("modes", modes),
             ("latent_dim", latent_dim),

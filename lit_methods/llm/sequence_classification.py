@@ -16,6 +16,7 @@ from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, Multi
 
 from lit_methods.batches import TokenBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.precision import load_unrounded
 
 try:
     from transformers import (
@@ -68,6 +69,7 @@ class SequenceClassification(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5),
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         if num_labels is not None and num_labels < 2:
             raise ValueError(f"num_labels must be at least 2, or None for regression, got {num_labels}")
         if warmup is not None and not 0 <= warmup < 1:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lit_methods.batches import ImitationBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim import SSO
+from lit_methods.precision import load_unrounded
 
 __all__ = ["OnlineImitation"]
 
@@ -45,6 +47,7 @@ class OnlineImitation(LightningModule):
         optimizer: OptimizerCallable = lambda params: SSO(params, lr=None, loss="mse"),
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters(ignore=live_arguments(locals()))
         self.automatic_optimization = False
         self.policy = policy
@@ -53,6 +56,10 @@ class OnlineImitation(LightningModule):
         if zero_init:
             for p in policy.parameters():
                 nn.init.zeros_(p)
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     def forward(self, observations: Tensor) -> Tensor:
         """The policy's actions, ``(batch, action_size)``."""

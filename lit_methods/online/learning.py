@@ -15,6 +15,7 @@ from lit_methods.hyperparameters import live_arguments
 from lit_methods.metrics import DynamicRegret, GradientVariation, PathLength, StaticRegret
 from lit_methods.metrics.online_losses import LOSSES, OnlineLoss, sample_gradients, sample_losses
 from lit_methods.optim import Ball, OptimisticOMD
+from lit_methods.precision import load_unrounded
 
 __all__ = ["OnlineLearning", "run_online"]
 
@@ -49,6 +50,7 @@ class OnlineLearning(LightningModule):
         optimizer: OptimizerCallable = lambda params: OptimisticOMD(params, lr=2.0, constraint=Ball(1.0)),
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         if dim < 1:

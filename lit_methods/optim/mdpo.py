@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.foundation.closures import RepeatedClosure
+from lit_methods.optim.foundation.groups import check_own_state
 
 __all__ = ["MDPO", "MDPOStepSize"]
 
@@ -138,7 +139,6 @@ class MDPO(Adam):
             "anchor": anchor,
             "anchor_interval": anchor_interval,
             "max_grad_norm": max_grad_norm,
-            "outer_steps": 0,
         }
         self.defaults |= ours
         for group in self.param_groups:
@@ -173,7 +173,7 @@ class MDPO(Adam):
             The closure's first loss, the one at the anchor.
         """
         shared = self.param_groups[0]
-        if shared["anchor"] == "parameters" and shared["outer_steps"] % (shared["anchor_interval"] or 1) == 0:
+        if shared["anchor"] == "parameters" and self._outer_steps() % (shared["anchor_interval"] or 1) == 0:
             self.refresh_anchor()
         if closure is None:
             if any(group["lr"] != 0 for group in self.param_groups):
@@ -198,9 +198,14 @@ class MDPO(Adam):
                 _adam_step(self)
         finally:
             run.anchors, run.inner_step = [], None
-        for group in self.param_groups:
-            group["outer_steps"] += 1
+        outer_steps = self._outer_steps() + 1
+        for p in self.state:
+            if "exp_avg" in self.state[p]:  # Adam takes any other state for its own
+                self.state[p]["outer_steps"] = outer_steps
         return first
+
+    def _outer_steps(self) -> int:
+        return max((state.get("outer_steps", 0) for state in self.state.values()), default=0)
 
     def proximity(
         self, policy: Distribution | Tensor, mask: Tensor | None = None, anchor: Distribution | Tensor | None = None
@@ -258,6 +263,15 @@ class MDPO(Adam):
         run.divergence = divergence.detach()
         return divergence / shared["step_size"]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state.
+
+        Raises:
+            ValueError: the state is another optimizer's.
+        """
+        check_own_state(self, state_dict, {"step", "exp_avg", "exp_avg_sq", "anchor", "outer_steps"})
+        super().load_state_dict(state_dict)
+
     def anchor_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """Name -> anchor value of those parameters of ``module`` that this optimizer holds (``anchor="parameters"``).
 
@@ -286,8 +300,6 @@ class MDPO(Adam):
             if key in self.defaults and param_group.get(key, self.defaults[key]) != self.defaults[key]:
                 raise ValueError(f"{key} is shared by all parameter groups, got {param_group[key]!r} for one of them")
         super().add_param_group(param_group)
-        if "outer_steps" in self.defaults:
-            self.param_groups[-1]["outer_steps"] = self.param_groups[0]["outer_steps"]
 
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Adam takes any entry in a parameter's state for its own: keep the anchor away from it."""

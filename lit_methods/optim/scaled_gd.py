@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lit_methods.optim.foundation.groups import check_own_state
+
 __all__ = ["ScaledGD"]
 
 
@@ -78,6 +80,15 @@ class ScaledGD(Optimizer):
                 if direction is not None:
                     factor.add_(direction.to(factor.dtype), alpha=-group["lr"])
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the groups' settings; there is no other state.
+
+        Raises:
+            ValueError: the state is another optimizer's.
+        """
+        check_own_state(self, state_dict, set())
+        super().load_state_dict(state_dict)
 
 
 def _direction(gradient: Tensor | None, partner: Tensor | None, damping: float) -> Tensor | None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lit_methods.batches import EntriesBatch, MatrixBatch, RankOneBatch, SensingBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.precision import load_unrounded
 
 __all__ = ["AsymmetricSensing", "SymmetricSensing"]
 
@@ -43,6 +44,7 @@ class _Sensing(LightningModule):
 
     def __init__(self, init_scales: Sequence[float], optimizer: OptimizerCallable) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         if not init_scales or not all(0 < scale < float("inf") for scale in init_scales):
             raise ValueError(f"init_scales must hold at least one number, all > 0 and finite, got {init_scales}")
         if len({f"{scale:g}" for scale in init_scales}) < len(init_scales):

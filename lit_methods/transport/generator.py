@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lit_methods.batches import SupervisedBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.precision import load_unrounded
 from lit_methods.transport.wasserstein import OTLoss, WassersteinDistance
 
 __all__ = ["OTGenerator"]
@@ -40,6 +41,7 @@ class OTGenerator(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters(ignore=live_arguments(locals()))
         if latent_features < 1:
             raise ValueError(f"latent_features must be at least 1, got {latent_features}")

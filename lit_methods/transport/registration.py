@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lit_methods.batches import PointSetBatch
 from lit_methods.hyperparameters import live_arguments
+from lit_methods.precision import load_unrounded
 from lit_methods.transport.wasserstein import OTLoss, WassersteinDistance
 
 __all__ = ["PointRegistration"]
@@ -39,6 +40,7 @@ class PointRegistration(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1),
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters(ignore=live_arguments(locals()))
         if dimensions < 1:
             raise ValueError(f"dimensions must be at least 1, got {dimensions}")

@@ -68,7 +68,11 @@ def _reason(module: str, target: str) -> str | None:
         return None if below in FOUNDATION else "this layer imports nothing above lit_methods.batches"
     if layer == "lit_methods.datamodules":
         return None if below in FOUNDATION else "datamodules know no method"
-    allowed = PIECES_BELOW_FAMILIES | SHARED_FAMILIES | {"lit_methods.hyperparameters", "lit_methods.supervised"}
+    allowed = (
+        PIECES_BELOW_FAMILIES
+        | SHARED_FAMILIES
+        | {"lit_methods.hyperparameters", "lit_methods.masking", "lit_methods.supervised"}
+    )
     return None if below in allowed else "a family imports no other family, datamodule or callback"
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from tests.cli import run_here, run_new_process
 from tests.contract.cases.kinds import ModuleCase
 from tests.contract.compare import assert_same
+from tests.contract.resume import check_averages, check_resumes
 
 STEPS = 3
 QUIET = {
@@ -30,16 +31,14 @@ def check_runs_through_the_cli(case: ModuleCase, folder: Path, monkeypatch: pyte
         run_here(monkeypatch, folder, command, "--config", config)
 
 
-def check_resumes_bit_exactly_in_a_new_process(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = write_config(case, folder, max_steps=2 * STEPS, callbacks=resume_callbacks("whole"))
-    run_new_process(folder, "fit", "--config", config)
-    config = write_config(case, folder, max_steps=2 * STEPS, callbacks=resume_callbacks("resumed"))
-    run_new_process(folder, "fit", "--config", config, "--ckpt_path", f"whole/step={STEPS}.ckpt")
-    whole, resumed = (
-        torch.load(folder / run / f"step={2 * STEPS}.ckpt", weights_only=True) for run in ("whole", "resumed")
-    )
-    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        assert_same(resumed[part], whole[part], part)
+def check_resumes_bit_exactly_in_new_processes(case: ModuleCase, folder: Path) -> None:
+    case.prepare(folder)
+    check_resumes(folder, _two_short_epochs(case))
+
+
+def check_resumes_beside_averages_of_weights(case: ModuleCase, folder: Path) -> None:
+    case.prepare(folder)
+    check_averages(folder, _two_short_epochs(case))
 
 
 def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +48,13 @@ def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeyp
     saved = torch.load(path, weights_only=True)
     rebuilt = type(case.make()).load_from_checkpoint(path, map_location="cpu", weights_only=True)
     assert_same(dict(rebuilt.state_dict()), dict(saved["state_dict"]), "rebuilt module")
+
+
+def check_loads_wider_weights_without_rounding(case: ModuleCase) -> None:
+    saved = case.make().double().state_dict()
+    module = case.make()
+    module.load_state_dict(saved)
+    assert_same(dict(module.state_dict()), dict(saved), "loaded module")
 
 
 def check_directly_built_module_saves_plain_data(
@@ -105,8 +111,16 @@ def write_config(case: ModuleCase, folder: Path, **trainer: object) -> str:
     path = folder / "config.yaml"
     if not path.exists():
         case.prepare(folder)
-    path.write_text(yaml.safe_dump({"seed_everything": 1, **case.config, "trainer": {**QUIET, **trainer}}))
+    path.write_text(
+        yaml.safe_dump({"seed_everything": 1, **case.config, "trainer": {**QUIET, **case.trainer, **trainer}})
+    )
     return str(path)
+
+
+def _two_short_epochs(case: ModuleCase) -> dict[str, object]:
+    callbacks = [{"class_path": f"lit_methods.callbacks.{name}"} for name in ("ExactResume", "LastCheckpoint")]
+    tiny = {"max_epochs": 2, "limit_train_batches": 4, "limit_val_batches": 1, "val_check_interval": 2}
+    return {"seed_everything": 1, **case.config, "trainer": {**QUIET, **tiny, **case.trainer, "callbacks": callbacks}}
 
 
 def resume_callbacks(run: str) -> list[dict[str, object]]:

@@ -171,7 +171,7 @@ def module_case(module: type[LightningModule]) -> ModuleCase:
 @pytest.mark.parametrize(
     ("module", "check"),
     [
-        (ForgetfulModule, "resumes_bit_exactly_in_a_new_process"),
+        (ForgetfulModule, "resumes_bit_exactly_in_new_processes"),
         (DriftingModule, "ranks_stay_identical_under_ddp"),
         (ChattyModule, "logs_without_warnings"),
         (ChattyModule, "directly_built_module_saves_plain_data"),

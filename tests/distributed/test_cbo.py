@@ -64,7 +64,7 @@ def train_sharded(rank: int, kind: type, arguments: dict) -> dict:
     half = N // 2
     with pytest.MonkeyPatch.context() as patch:
         rows = slice(rank * half, (rank + 1) * half)
-        patch.setattr(kind, "_fill_normal", rank_noise(arguments.get("num_runs", 1), rows))
+        patch.setattr(kind, "fill_normal", rank_noise(arguments.get("num_runs", 1), rows))
         return run_sharded(module, batch, kind, arguments)
 
 
@@ -103,7 +103,7 @@ def test_sharded_particles_equal_one_process_given_the_same_noise(which, runs, m
     kind, arguments = SHARDED[which]
     ranks = [run["sharded"][which] for run in runs]
     module, batch = problem()
-    monkeypatch.setattr(kind, "_fill_normal", rank_noise(arguments.get("num_runs", 1), slice(None)))
+    monkeypatch.setattr(kind, "fill_normal", rank_noise(arguments.get("num_runs", 1), slice(None)))
     optimizer = build(module, "particles", kind, **arguments)
     for _ in range(STEPS):
         loss = optimizer.step(particle_losses(module, nn.functional.cross_entropy, batch))

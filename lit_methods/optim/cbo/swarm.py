@@ -17,7 +17,7 @@ from lit_methods.optim.cbo.ranks import ParticleRanks
 from lit_methods.optim.cbo.settings import divisor
 from lit_methods.optim.foundation.closures import RepeatedClosure
 from lit_methods.optim.foundation.flat import by_column, by_parameter, is_dtensor, shards
-from lit_methods.optim.foundation.groups import check_nonnegative, check_real, check_shared
+from lit_methods.optim.foundation.groups import check_nonnegative, check_own_state, check_real, check_shared
 
 _RANK_STRIDE = 0x9E3779B97F4A7C15  # apart from one another for any seed
 
@@ -465,6 +465,7 @@ class ParticleOptimizer(Optimizer):
         Raises:
             ValueError: the parameters are DTensors and the state is of ones that are not.
         """
+        check_own_state(self, state_dict, self._state_names())
         super().load_state_dict({**state_dict, "state": {}})
         self.defaults.update({key: self.param_groups[0][key] for key in self._shared})
         self.state.clear()
@@ -486,6 +487,10 @@ class ParticleOptimizer(Optimizer):
             keys = [key for group in state_dict["param_groups"] for key in group["params"]]
             states = [saved[keys[i]] for i in self.layout.positions]
             self.state["swarm"] = by_column(states, self.layout.params, (*self._by_particle, *self._by_run))
+
+    def _state_names(self) -> set[str]:
+        common = {"seed", "generators", "best_loss", "leader", "steps"}
+        return common.union(self._by_particle, self._losses_by_particle, self._by_run)
 
     def __getstate__(self) -> dict[str, Any]:
         if "swarm" in self.state:

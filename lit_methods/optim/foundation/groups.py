@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 def check_positive(**values: Any) -> None:
@@ -79,7 +80,36 @@ def check_real(params: Sequence[Tensor]) -> None:
             raise ValueError(f"params must be real floating point, got {p.dtype}; view complex ones as real")
 
 
+def check_own_state(optimizer: Optimizer, state_dict: dict[str, Any], known: set[str]) -> None:
+    """Refuse a state that another kind of optimizer saved; torch would keep what it does not know, silently.
+
+    Args:
+        optimizer: is about to load.
+        state_dict: what it is about to load.
+        known: the names that its state of a parameter, or of all parameters together, may hold.
+    """
+    of_schedulers = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+    foreign = set().union(*state_dict["param_groups"]) - of_schedulers.union(*optimizer.param_groups)
+    foreign |= set().union(*state_dict["state"].values()) - known
+    if foreign:
+        name = type(optimizer).__name__
+        raise ValueError(f"the state is not of {name}, which does not know {', '.join(map(repr, sorted(foreign)))}")
+
+
 def check_gradients(params: Sequence[Tensor], name: str) -> None:
     """Refuse sparse gradients in the name of the optimizer."""
     if any(p.grad is not None and p.grad.layout is not torch.strided for p in params):
         raise RuntimeError(f"{name} does not support sparse gradients; build the embedding with sparse=False")
+
+
+def count_round(state: dict[Any, dict[str, Any]], group: dict[str, Any], params: Sequence[Tensor]) -> int:
+    """Count one more round of the group, in the state of ``params``, which take part in it; the number from 1."""
+    number = rounds_so_far(state, group) + 1
+    for p in params:
+        state[p]["rounds"] = number
+    return number
+
+
+def rounds_so_far(state: dict[Any, dict[str, Any]], group: dict[str, Any]) -> int:
+    """Rounds of the group: of the parameter that has seen the most."""
+    return max((state[p].get("rounds", 0) for p in group["params"] if p in state), default=0)

@@ -10,6 +10,7 @@ two passes over G and one m x m system. This equals the paper's recurrences in e
 cancellation: they compute (x - almost x)/λ, which in float32 at λ = 1e-5 leaves about 3 % error.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from torch.nn.functional import pad
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lit_methods.optim.foundation.flat import FlatLayout, by_column, by_parameter, is_dtensor, local_grad, local_tensor
+from lit_methods.optim.foundation.groups import check_own_state
+from lit_methods.optim.foundation.ranks import world_size
 from lit_methods.optim.mfac.window import precondition
 
 __all__ = ["MFAC"]
@@ -49,9 +52,9 @@ class MFAC(Optimizer):
     (plus one scratch number, plus one with momentum). Time: two passes over the window and one m x m float64 solve.
 
     Host synchronisations on CUDA: none, but for the first step and with ``history_device``. A gradient that is not
-    finite (or whose squared norm overflows) never enters the window and its step is skipped; since only the device
-    knows, the ring index and the row count live on the device and advance by "accepted" (0 or 1), and afterwards
-    everything is as if the step had never been taken.
+    finite (or whose squared norm overflows) never enters the window and its step is skipped, with one warning (on CUDA
+    not before the state is saved, since only the device knows); the ring index and the row count live on the device and
+    advance by "accepted" (0 or 1), and afterwards everything is as if the step had never been taken.
 
     Rounding: the Gram matrix is float64, but its entries are dot products of rounded numbers. Each row's damping is
     therefore at least 16 eps sqrt(m) |g|^2, the size of that noise; at smaller dampings the system would not even be
@@ -155,6 +158,8 @@ class MFAC(Optimizer):
         self._layout: FlatLayout | None = None
         self._home: torch.device | None = None
         self._consolidated: Tensor | None = None
+        self._skipped: Tensor | None = None
+        self._warned = False
         super().__init__(
             params,
             {
@@ -197,7 +202,8 @@ class MFAC(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_group", None)
-        self._layout = None
+        self._layout = self._skipped = None
+        self._warned = False
         self._consolidated = None
 
     @torch.no_grad()
@@ -237,7 +243,15 @@ class MFAC(Optimizer):
         if layout.kept is not None:
             layout.flat.zero_().index_copy_(0, layout.kept, layout.packed[: layout.columns])
         self._apply(layout, window, accepted)
+        self._skipped = ~accepted if self._skipped is None else self._skipped | ~accepted
+        if accepted.device.type == "cpu":
+            self._warn_of_skipped_steps()
         return loss
+
+    def _warn_of_skipped_steps(self) -> None:
+        if not self._warned and self._skipped is not None and bool(self._skipped):
+            self._warned = True
+            warnings.warn("MFAC skips steps whose gradient is not finite; this is said once", RuntimeWarning)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state.
@@ -245,6 +259,7 @@ class MFAC(Optimizer):
         Raises:
             RuntimeError: the window is sharded and :meth:`consolidate_state_dict` was not called since the last step.
         """
+        self._warn_of_skipped_steps()
         result = super().state_dict()
         if "mfac" not in self.state:
             return result
@@ -269,8 +284,9 @@ class MFAC(Optimizer):
         """Load a state; the tensors are copied, and with ``shard_history`` each rank keeps its own columns.
 
         Raises:
-            ValueError: the saved window does not fit the parameters.
+            ValueError: the saved window does not fit the parameters, or the state is another optimizer's.
         """
+        check_own_state(self, state_dict, {"history", "row_scale", "gram", "index", "count", "kept", "momentum_buffer"})
         # The base class casts what is keyed by parameter to the parameter's dtype: keep the window out of its hands.
         super().load_state_dict({**state_dict, "state": {}})
         self.defaults.update({key: self.param_groups[0][key] for key in _SHARED})
@@ -320,8 +336,7 @@ class MFAC(Optimizer):
 
     @property
     def _sharded(self) -> bool:
-        ready = self._shard_history and dist.is_available() and dist.is_initialized()
-        return ready and dist.get_world_size(self._group) > 1
+        return self._shard_history and world_size(self._group) > 1
 
     @property
     def _window(self) -> dict[str, Any]:

@@ -54,6 +54,15 @@ class OptimisticEnsemble(OnlineOptimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "x_hats",
+        "points",
+        "log_weights",
+        "expected",
+        "moved",
+        "surprise",
+    )
+
     def __init__(
         self,
         params: ParamsT,

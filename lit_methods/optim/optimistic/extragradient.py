@@ -113,6 +113,8 @@ class ExtraGradient(_Extrapolating):
         RuntimeError: in :meth:`step`, for sparse gradients, or without closure and extrapolation.
     """
 
+    state_names = ("origin",)
+
     def __init__(self, params: ParamsT, lr: float = 1e-2, weight_decay: float = 0.0, *, maximize: bool = False) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
@@ -137,6 +139,13 @@ class ExtraAdam(_Extrapolating):
         ValueError: a hyperparameter out of range.
         RuntimeError: in :meth:`step`, for sparse gradients, or without closure and extrapolation.
     """
+
+    state_names = (
+        "origin",
+        "rounds",
+        "exp_avg",
+        "exp_avg_sq",
+    )
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ class _Leader(OnlineOptimizer):
         check_optimism(optimism)
         self._constraint = constraint
         self._optimism = optimism
-        super().__init__(params, defaults | {"rounds": 0})
+        super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_constraint": self._constraint, "_optimism": self._optimism}
@@ -81,6 +81,13 @@ class OptimisticFTRL(_Leader):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "start",
+        "sum",
+        "guess",
+        "weighted",
+    )
+
     def __init__(
         self,
         params: ParamsT,
@@ -117,7 +124,6 @@ class OptimisticFTRL(_Leader):
             shared = state if shared is None else shared
         if group["lr"] == 0:
             return
-        group["rounds"] += 1
         states = [self.state[p] for p in params]
         gradients = [loss_gradient(p, group) for p in params]
         weighted = states[0]["weighted"]
@@ -159,6 +165,12 @@ class OptimisticFTL(_Leader):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "points",
+        "sum",
+        "rounds",
+    )
+
     def __init__(
         self,
         params: ParamsT,
@@ -180,7 +192,6 @@ class OptimisticFTL(_Leader):
                 self.state[p].update(points=zeros, sum=zeros.clone(), rounds=0)
         if group["lr"] == 0:
             return
-        group["rounds"] += 1
         gradients = [loss_gradient(p, group) for p in params]
         guesses = self._guesses(group, params, gradients)
         played = []

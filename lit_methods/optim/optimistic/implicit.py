@@ -55,6 +55,13 @@ class ImplicitOMD(OnlineOptimizer):
             sparse gradients.
     """
 
+    state_names = (
+        "x_hat",
+        "guess",
+        "variation",
+        "max_square",
+    )
+
     def __init__(
         self,
         params: ParamsT,

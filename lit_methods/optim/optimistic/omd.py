@@ -24,7 +24,7 @@ from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Ball, Constraint, L1Ball, Simplex, apply_constraint
 from lit_methods.optim.foundation.flat import is_dtensor, local_tensor
-from lit_methods.optim.foundation.groups import check_positive
+from lit_methods.optim.foundation.groups import check_positive, count_round, rounds_so_far
 from lit_methods.optim.mirror_maps import (
     SMALLEST_PROBABILITY,
     DiagonalAdaGrad,
@@ -101,6 +101,16 @@ class OptimisticOMD(OnlineOptimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "rounds",
+        "variation",
+        "max_square",
+        "step_size",
+        "average",
+        "squares",
+        "x_hat",
+        "guess",
+    )
     takes_dtensors = True
 
     def __init__(
@@ -146,7 +156,6 @@ class OptimisticOMD(OnlineOptimizer):
                 "weight_decay": weight_decay,
                 "maximize": maximize,
                 "foreach": foreach,
-                "rounds": 0,
                 "played_step": None,
             },
         )
@@ -223,17 +232,17 @@ class OptimisticOMD(OnlineOptimizer):
         states = self._states(group, params)
         if group["lr"] == 0:
             return
-        group["rounds"] += 1
+        rounds = count_round(self.state, group, params)
         if self._average:
             for p, state in zip(params, states, strict=True):
-                local_tensor(state["average"]).lerp_(local_tensor(p).to(state["average"].dtype), 1 / group["rounds"])
+                local_tensor(state["average"]).lerp_(local_tensor(p).to(state["average"].dtype), 1 / rounds)
         gradients = [loss_gradient(p, group) for p in params]
         if self._per_parameter and self._step_size == "adaptive":
             for p, state, g in zip(params, states, gradients, strict=True):
                 self._play(group, [p], [state], [g])
         else:
             self._play(group, params, states, gradients)
-        group["played_step"] = self._scheduled_step(group, group["rounds"] + 1)
+        group["played_step"] = self._scheduled_step(group, rounds + 1)
 
     def _states(self, group: dict[str, Any], params: list[Tensor]) -> list[dict[str, Any]]:
         """State of each parameter, made when its first gradient comes; the group's numbers are one tensor for all."""
@@ -358,7 +367,8 @@ class OptimisticOMD(OnlineOptimizer):
     ) -> tuple[Any, Any]:
         """eta_t, which has not seen g_t, and eta_{t+1}, which has."""
         if self._step_size != "adaptive":
-            step, following = (self._scheduled_step(group, group["rounds"] + i) for i in (0, 1))
+            rounds = rounds_so_far(self.state, group)
+            step, following = (self._scheduled_step(group, rounds + i) for i in (0, 1))
             played = group["played_step"]
             return (step if played is None or self._optimism == "none" else played), following
         variation, largest, played = numbers["variation"], numbers["max_square"], numbers["step_size"]

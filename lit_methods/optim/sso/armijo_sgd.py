@@ -18,6 +18,7 @@ from lit_methods.optim.foundation.groups import (
     check_at_least,
     check_factor,
     check_nonnegative,
+    check_own_state,
     check_real,
     check_share,
     check_shared,
@@ -87,6 +88,11 @@ class ArmijoSGD(Optimizer):
         """Clear the gradients."""
         self.gradients_cleared = True
         super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state."""
+        check_own_state(self, state_dict, {"step_size"})
+        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

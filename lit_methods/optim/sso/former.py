@@ -34,7 +34,7 @@ def former_settings(init: Init) -> Init:
     @functools.wraps(init)
     def taking_former(self: Any, *args: Any, **kwargs: Any) -> None:
         given = {name for name in kwargs if name in _SOLVER_FIELDS or name in _RULE_FIELDS}
-        if given or kwargs.get("inner") == "sgd" or kwargs.get("rule") in ("adagrad_diag", "exponential"):
+        if given or kwargs.get("inner") == "sgd" or kwargs.get("rule") == "adagrad_diag":
             kwargs = _translated(kwargs)
             warnings.warn(
                 f"SSO's {', '.join(sorted(given)) or 'spelling'} will go: write inner={kwargs['inner']}, "
@@ -60,7 +60,7 @@ def _translated(kwargs: dict[str, Any]) -> dict[str, Any]:
     solver = solvers.inner_solver(inner)
     known = {name: value for name, value in settings.items() if hasattr(solver, name) and value is not None}
     kwargs["inner"] = dataclasses.replace(solver, **known)
-    if rule in _RULES:
+    if rule in _RULES and not (rule == "exponential" and "total_steps" not in rule_settings):
         make, names = _RULES[rule]
         rule = make(**{_RULE_FIELDS[name]: value for name, value in rule_settings.items() if name in names})
     kwargs["rule"] = rule

@@ -29,6 +29,7 @@ from lit_methods.optim.foundation.groups import (
     check_choice,
     check_keys,
     check_nonnegative,
+    check_own_state,
     check_positive,
     check_real,
 )
@@ -252,6 +253,8 @@ class SSO(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the tensors are copied."""
+        names = {"step", "eta", "inner_step_size", "inner", "sum", "table"}
+        check_own_state(self, state_dict, names)
         super().load_state_dict(state_dict)
         own = dict(self.state.get("sso", {}))
         self._inner_optimizer, self._inner_saved = None, own.pop("inner", None)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_methods.batches import EpisodeBatch, Spaces
+from lit_methods.lr_find import refuse_lr_finder
+from lit_methods.precision import load_unrounded
 from lit_methods.rl.networks import SizedNetwork
 
 _WINDOW = 40  # training episodes in the logged mean return
@@ -23,6 +25,7 @@ class Agent(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         self.automatic_optimization = False
         self.spaces: Spaces | None = None
         self.register_buffer("recent_returns", torch.full((_WINDOW,), math.nan))
@@ -60,6 +63,10 @@ class Agent(LightningModule):
         """Make what was left to the datamodule."""
         if self.spaces is None and "spaces" in checkpoint:
             self.fit_to(Spaces(*checkpoint["spaces"]))
+
+    def on_train_start(self) -> None:
+        """Refuse Lightning's search for a learning rate."""
+        refuse_lr_finder(self)
 
     def validation_step(self, batch: EpisodeBatch, batch_idx: int) -> None:
         """Log the mean return of evaluation episodes."""

@@ -191,6 +191,7 @@ class OffPolicyMDPO(Agent):
 
     def on_train_start(self) -> None:
         """Build an actor from the anchor's parameters, which the optimizer renews in place."""
+        super().on_train_start()
         optimizer: Any = self._wrapped_optimizers()[0].optimizer
         anchor = copy.deepcopy(self.actor).requires_grad_(False)
         for name, value in optimizer.anchor_parameters(self.actor).items():

@@ -13,6 +13,7 @@ from torchmetrics import Metric, MetricCollection
 from lit_methods.batches import InteractionBatch
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.metrics import NDCGAtK, RecallAtK, top_unseen_items
+from lit_methods.precision import load_unrounded
 from lit_methods.vi.mult_vae.history import History, Likelihood, check_history, sparse_rows
 from lit_methods.vi.mult_vae.losses import gaussian_kl, negative_log_likelihood, widen
 
@@ -41,6 +42,7 @@ class _Autoencoder(LightningModule):
         optimizer: OptimizerCallable,
     ) -> None:
         super().__init__()
+        self.register_load_state_dict_pre_hook(load_unrounded)
         for name, value in (("num_items", num_items), ("latent_dim", latent_dim)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -50,7 +50,7 @@ def _landscape(**arguments: Any) -> LandscapeMinimization:
     return LandscapeMinimization(**({"objective": Rastrigin(), "methods": {"cbo": CBO}, "start": [1.0]} | arguments))
 
 
-_TINY_LANDSCAPE = ["--model.num_runs=2", "--model.steps_per_epoch=3", "--trainer.max_epochs=1"]
+_TINY_LANDSCAPE = ["--model.num_runs=2", "--model.steps_per_epoch=3", "--trainer.max_epochs=2"]
 
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.AnnealedLangevin": OptimizerCase(

@@ -16,7 +16,7 @@ MODULES: dict[str, ModuleCase] = {
         not_applicable={
             "check_compiles": "It has no forward.",
             "check_runs_through_the_cli": "A game has nothing to validate or test; its recipe runs fit.",
-            "check_resumes_bit_exactly_in_a_new_process": (
+            "check_resumes_bit_exactly_in_new_processes": (
                 "Without an optimizer there are no steps to count; tests/unit/games resumes it from its checkpoint."
             ),
             "check_checkpoint_rebuilds_the_module": "The same; tests/unit/games does it.",

@@ -44,6 +44,7 @@ class ModuleCase:
     bad: list[tuple[Callable[[], object], str]]
     not_applicable: dict[str, str] = field(default_factory=dict)
     prepare: Callable[[Path], None] = lambda folder: None
+    trainer: dict[str, Any] = field(default_factory=dict)  # what the datamodule asks of the Trainer
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class CallbackCase:
 
 @dataclass(frozen=True)
 class RecipeCase:
-    """``overrides`` make a tiny run of a small or slow recipe; ``prepare`` fills a folder with its data first."""
+    """A tiny run of a small or slow recipe.
+
+    ``overrides`` leave it two epochs, so that it can be killed in the second; ``prepare`` fills a folder with its data.
+    """
 
     overrides: list[str]
     prepare: Callable[[Path], None] = lambda folder: None
@@ -85,4 +89,4 @@ LOADER_ARGUMENTS: list[tuple[Arguments, str]] = [
     ({"val_size": -1}, "val_size=-1: must be"),
 ]
 
-TINY = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"]
+TINY = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"]

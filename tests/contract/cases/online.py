@@ -169,6 +169,7 @@ MODULES: dict[str, ModuleCase] = {
                 batch_size=3,
             ),
         },
+        trainer={"reload_dataloaders_every_n_epochs": 1, "val_check_interval": 1.0},
         make=lambda: OnlineImitation(MLP(4, [8], 1)),
         forward_inputs=lambda: (torch.ones(2, 4),),
         bad=[],
@@ -254,7 +255,9 @@ DATAMODULES: dict[str, DataModuleCase] = {
 
 RECIPES: dict[str, RecipeCase] = {
     **{
-        f"optimistic_omd/{name}": RecipeCase(["--data.rounds=20", "--trainer.val_check_interval=5"])
+        f"optimistic_omd/{name}": RecipeCase(
+            ["--data.rounds=20", "--trainer.val_check_interval=5", "--trainer.max_epochs=2"]
+        )
         for name in (
             "adversarial",
             "drifting_digits",
@@ -265,7 +268,7 @@ RECIPES: dict[str, RecipeCase] = {
             "strongly_convex",
         )
     },
-    "optimistic_omd/bilinear": RecipeCase(["--model.rounds=5"]),
-    "optimistic_omd/rock_paper_scissors": RecipeCase(["--model.rounds=5"]),
-    "optimistic_omd/ring_gan": RecipeCase(["--model.steps_per_epoch=3", "--trainer.max_epochs=1"]),
+    "optimistic_omd/bilinear": RecipeCase(["--model.rounds=5", "--trainer.max_epochs=2"]),
+    "optimistic_omd/rock_paper_scissors": RecipeCase(["--model.rounds=5", "--trainer.max_epochs=2"]),
+    "optimistic_omd/ring_gan": RecipeCase(["--model.steps_per_epoch=3", "--trainer.max_epochs=2"]),
 }

@@ -90,7 +90,7 @@ def _d4rl(folder: Path, **arguments: Any) -> LightningDataModule:
 
 
 _TINY_ROLLOUTS = [
-    "--trainer.max_epochs=1", "--data.iterations_per_epoch=1", "--data.rollout_steps=20", "--data.num_eval_episodes=1"
+    "--trainer.max_epochs=2", "--data.iterations_per_epoch=2", "--data.rollout_steps=20", "--data.num_eval_episodes=1"
 ]  # fmt: skip
 
 OPTIMIZERS: dict[str, OptimizerCase] = {
@@ -267,7 +267,7 @@ RECIPES: dict[str, RecipeCase] = {
     "mdpo/inverted_pendulum": RecipeCase(_TINY_ROLLOUTS),
     "mdpo/pendulum": RecipeCase(
         [
-            "--trainer.max_epochs=1",
+            "--trainer.max_epochs=2",
             "--data.updates_per_epoch=3",
             "--data.learning_starts=10",
             "--data.num_eval_episodes=1",
@@ -275,7 +275,7 @@ RECIPES: dict[str, RecipeCase] = {
         ]
     ),
     "mdpo/pendulum_offline": RecipeCase(
-        ["--trainer.max_epochs=1", "--data.steps_per_epoch=3", "--data.num_eval_episodes=1"],
+        ["--trainer.max_epochs=2", "--data.steps_per_epoch=3", "--data.num_eval_episodes=1"],
         prepare=lambda folder: _record(folder / "pendulum_replay.hdf5"),
     ),
 }

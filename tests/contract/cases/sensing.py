@@ -20,7 +20,7 @@ from tests.contract.cases.kinds import (
     class_config,
 )
 
-_TINY_SENSING = ["--trainer.max_epochs=1", "--trainer.val_check_interval=4", "--data.steps_per_epoch=8"]
+_TINY_SENSING = ["--trainer.max_epochs=2", "--trainer.val_check_interval=4", "--data.steps_per_epoch=8"]
 
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.ScaledGD": OptimizerCase(  # whole models; tests/unit/optim/test_scaled_gd.py has the factors

@@ -96,7 +96,7 @@ def test_only_stalled_runs_are_shaken() -> None:
     start = torch.zeros(2, N, D, dtype=torch.float64)
     start[1, :, 0] = torch.arange(N)
     optimizer.particles["x"].copy_(start.flatten(0, 1))
-    optimizer._prepare()["consensus"].zero_()
+    optimizer.state["swarm"]["consensus"].zero_()
     optimizer.step(lambda p: p["x"].sum(-1) * 0)
     still, moving = optimizer.particles["x"].view(2, N, D)
     assert (still != 0).all()

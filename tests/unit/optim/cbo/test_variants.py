@@ -20,7 +20,7 @@ def swarm(kind: type, points: Tensor, **arguments) -> tuple[nn.Parameter, CBO]:
     x = nn.Parameter(torch.zeros(points.shape[1], dtype=points.dtype))
     optimizer = kind([("x", x)], num_particles=len(points), seed=0, **arguments)
     optimizer.particles["x"].copy_(points)
-    optimizer._prepare()  # what depends on the first particles
+    _ = optimizer.particles  # what depends on the first particles
     if "memory" in optimizer.state["swarm"]:
         optimizer.state["swarm"]["memory"][0].copy_(points)
     return x, optimizer

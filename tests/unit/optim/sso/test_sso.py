@@ -15,14 +15,18 @@ from torch.nn import functional
 
 from lit_methods.optim import SSO
 from lit_methods.optim.sso import (
+    AdaGrad,
     AdaGradPerExample,
     Armijo,
     ArmijoDescent,
     ConjugateGradient,
+    Constant,
     Exponential,
     GaussNewton,
     Newton,
     OptimizerSteps,
+    Sqrt,
+    StepRule,
     StrongWolfeLBFGS,
 )
 from lit_methods.optim.sso.solvers import InnerSolver, inner_solver
@@ -293,6 +297,19 @@ def test_schedules() -> None:
     assert etas(3, lr=0.6, rule=Exponential(total_steps=4))[0] == pytest.approx(
         [0.6 * 4 ** (-t / 4) for t in (1, 2, 3)]
     )
+
+
+def test_names_are_the_rules_with_their_defaults() -> None:
+    for name, rule in (("constant", Constant()), ("sqrt", Sqrt()), ("adagrad", AdaGrad()), ("armijo", Armijo())):
+        assert etas(3, lr=2.0, rule=name)[0] == etas(3, lr=2.0, rule=rule)[0]
+
+
+def test_a_rule_of_ones_own() -> None:
+    class Halving(StepRule):
+        def step_size(self, targets, loss, loss_at, lr, state):
+            return lr / 2 ** state["step"], None
+
+    assert etas(3, lr=2.0, rule=Halving())[0] == [1.0, 0.5, 0.25]
 
 
 def test_default_eta_is_1_over_smoothness() -> None:
