@@ -117,12 +117,12 @@ class LastCheckpoint(Checkpoint):
         folder = str(self.dirpath or next(beside, None) or os.path.join(log_dir, "checkpoints"))
         target = os.path.join(folder, "last.ckpt")
         if not _is_local_file_protocol(folder):
-            trainer.save_checkpoint(target)
+            trainer.save_checkpoint(target, weights_only=False)
             return
         part = Path(folder, ".last.ckpt.part")
         if trainer.is_global_zero and part.is_dir():
             shutil.rmtree(part)  # of a save that was killed
-        trainer.save_checkpoint(part)
+        trainer.save_checkpoint(part, weights_only=False)
         if trainer.is_global_zero:
             replace(part, Path(target))
         trainer.strategy.barrier("LastCheckpoint")

@@ -9,6 +9,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "lit_methods.llm.nash_loss": "lit_methods.llm.nash_mp",
     "lit_methods.black_box.langevin": "lit_methods.optim.langevin",
     "lit_methods.optim.armijo_sgd": "lit_methods.optim.sso",
     "lit_methods.optim.cbo_variants": "lit_methods.optim.cbo",

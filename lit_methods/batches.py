@@ -1,6 +1,6 @@
 """Batch contracts: the NamedTuples that methods and datamodules share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ class SupervisedBatch(NamedTuple):
     y: Tensor
 
 
-Prompt = str | list[dict[str, str]]
-"""A plain text, or chat messages ``[{"role": ..., "content": ...}, ...]`` that end before the assistant's answer."""
+Prompt = str | list[dict[str, Any]]
+"""A plain text, or chat messages ``[{"role": ..., "content": ...}, ...]`` that end before the assistant's answer.
+
+Contents are texts; further fields of a message, such as ``tool_calls``, are for the chat template.
+"""
 
 
 class PromptBatch(NamedTuple):
@@ -127,6 +130,24 @@ class TokenBatch(NamedTuple):
     attention_mask: Tensor
     token_type_ids: Tensor
     labels: Tensor
+
+
+class Spaces(NamedTuple):
+    """What an environment or a data set takes and gives; networks get sizes and bounds that were left out from it.
+
+    Attributes:
+        observation_shape: shape of one observation.
+        num_actions: number of discrete actions; 0 if actions are continuous.
+        low: smallest value of each number of a continuous action, -inf where it has none; empty for discrete ones.
+        high: largest value of each.
+        observed: ``low`` and ``high`` are no bounds but the extremes of recorded actions.
+    """
+
+    observation_shape: tuple[int, ...]
+    num_actions: int
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    observed: bool = False
 
 
 class RolloutBatch(NamedTuple):

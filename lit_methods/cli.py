@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_methods
 from lit_methods import recipes
+from lit_methods.masking import mask_secrets
 
 RECIPES = Path(recipes.__file__).parent
 DESCRIPTION = "Published methods as Lightning software. 'lit-methods recipes' lists what 'fit --config NAME' can run."
@@ -136,6 +137,13 @@ class LitMethodsCLI(LightningCLI):
 
 
 class _Parser(LightningArgumentParser):
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """The configuration as text for files, hyperparameters and checkpoints, with secrets masked."""
+        text = super().dump(*args, **kwargs)
+        config = yaml.safe_load(text)
+        masked = mask_secrets(config)
+        return text if masked == config else yaml.safe_dump(masked, sort_keys=False)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
             super().error(message, ex)
@@ -225,6 +233,9 @@ def _close_matches(message: str, options: Iterable[str]) -> str:
     if found := re.search(r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", message):
         name = found[1] or found[2]
         classes = re.findall(r"class_path(?:=| )'([\w.]+)'", message[: found.end() + 200])
+        moved = getattr(_import(classes[-1]), "moved_arguments", {}) if classes else {}
+        if name in moved:
+            return f"; it is now {moved[name]}"
         names = list(inspect.signature(_import(classes[-1])).parameters) if classes else [o[2:] for o in options]
         return _did_you_mean(name, names)
     return ""

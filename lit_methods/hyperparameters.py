@@ -1,6 +1,9 @@
 """What a LightningModule stores of its constructor arguments."""
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
@@ -28,3 +31,37 @@ def _is_live(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_is_live(item) for item in value)
     return isinstance(value, nn.Module) or callable(value)
+
+
+def as_fields(settings: Any) -> dict[str, Any]:
+    """Fields of a settings object as plain data, which a checkpoint may hold; ``None`` stands for the defaults."""
+    return asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else dict(settings or {})
+
+
+def move_arguments(
+    owner: str, old: dict[str, Any], moved: Mapping[str, str], settings: Mapping[str, dict[str, Any]]
+) -> None:
+    """Put arguments under their former names where they belong now, with a warning, and empty ``old``.
+
+    Args:
+        owner: name of the class, for messages.
+        old: what its constructor got besides the present arguments.
+        moved: former name -> ``"<argument>.<field>"``.
+        settings: present argument -> its fields; changed in place.
+
+    Raises:
+        TypeError: for a name that never was an argument, with close matches.
+    """
+    while old:
+        name, value = old.popitem()
+        if name not in moved:
+            names = [*settings, *(path.partition(".")[2] for path in moved.values())]
+            close = get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{owner} has no argument {name!r}{hint}")
+        argument, _, field = moved[name].partition(".")
+        kind = "MirrorProx" if field == "inner_steps" else "Prox" if argument == "mode" else argument.capitalize()
+        warnings.warn(
+            f"{owner}: {name} has moved: write {argument}={kind}({field}={value!r})", FutureWarning, stacklevel=3
+        )
+        settings[argument][field] = value

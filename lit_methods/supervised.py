@@ -117,10 +117,12 @@ class SSOModule(SupervisedModule):
     :class:`~lit_methods.callbacks.TargetCapture` instead. Logs the same as :class:`SupervisedModule`.
 
     Args:
-        network: as in :class:`SupervisedModule`. Running statistics (batch normalisation) move once in each step.
-        num_classes: as there.
-        loss: as there; a mean over examples, unless ``optimizer`` is told of another reduction.
-        metrics: as there.
+        network: maps ``x`` to logits ``(batch, num_classes)``, or to values shaped like ``y`` for regression. Running
+            statistics (batch normalisation) move once in each step.
+        num_classes: number of classes (at least 2); ``None`` means regression.
+        loss: maps (outputs, ``y``) to a scalar; default cross-entropy for classification, mean squared error for
+            regression. A mean over examples, unless ``optimizer`` is told of another reduction.
+        metrics: name -> metric of (outputs, ``y``); default ``accuracy`` (micro) or ``mse``.
         optimizer: builds the SSO; default: 1/L of the cross-entropy and ten inner steps.
         lr_scheduler: builds a scheduler of η, stepped once an epoch.
 

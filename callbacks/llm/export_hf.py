@@ -14,7 +14,7 @@ class ExportHF(Callback):
 
     A LoRA policy is written as an adapter, or merged into its base. Models, whole or merged, load with
     ``AutoModelForCausalLM.from_pretrained(folder)`` and give the logits of the trained policy. For modules with
-    ``policy`` (a :class:`~lit_methods.llm.language_model.LanguageModel`) and ``tokenizer``.
+    ``policy`` (a :class:`~lit_methods.llm.language_model.LanguageModel`), ``tokenizer`` and ``adapter_base``.
 
     Args:
         folder: where to write; default ``<log folder>/hf``.
@@ -36,7 +36,7 @@ class ExportHF(Callback):
 
         Raises:
             ValueError: for a sharded model, whose weights are not all here, and for an adapter without ``merge`` whose
-                base was changed by a supervised warm-up and is in no folder.
+                base is in no folder: changed by a warm-up, merged from an adapter, or built from a configuration.
         """
         module: Any = pl_module
         lm = module.policy.lm
@@ -48,8 +48,11 @@ class ExportHF(Callback):
                 lm.set_adapter("default")
                 lm = lm.merge_and_unload()
                 lm.save_pretrained(folder)
-            elif getattr(module, "base_changed", False):
-                raise ValueError("the adapter's base was changed by a warm-up and is in no folder; set merge=True")
+            elif module.adapter_base is None:
+                raise ValueError(
+                    "the adapter's base is in no folder, because it was changed by a warm-up, made by merging another "
+                    "adapter, or built from a configuration; set merge=True"
+                )
             else:
                 lm.save_pretrained(folder, selected_adapters=["default"])
         else:

@@ -135,7 +135,8 @@ class WinRate(Callback):
             if name not in self.texts:
                 logged["win_rate_lc"] = length_controlled(wins, excess)
             for metric, value in logged.items():
-                pl_module.log(f"{stage}/{metric}/{name}", value, rank_zero_only=False, sync_dist=False)
+                shown = metric == "win_rate" and name == "reference"
+                pl_module.log(f"{stage}/{metric}/{name}", value, prog_bar=shown, rank_zero_only=False, sync_dist=False)
         if self.texts:
             pl_module.log(f"{stage}/win_rate/worst", min(means[name] for name in self.texts))
 
@@ -171,7 +172,8 @@ def length_controlled(wins: Tensor, excess: Tensor) -> float:
 
 def _load_policy(module: Any, path: str) -> Any:
     """The policy of a checkpoint or folder, on the module's device."""
-    from lit_methods.llm.language_model import LanguageModel, load_causal_lm
+    from lit_methods.llm.language_model import LanguageModel
+    from lit_methods.llm.loading import load_causal_lm
 
     if path.endswith(".ckpt"):
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]

@@ -40,7 +40,7 @@ class PolicyFrames(Callback):
         folder = output_dir(trainer)
         if not trainer.is_global_zero:
             return
-        frames, total = self._play(pl_module)
+        frames, total = self._run_episode(pl_module)
         chosen = np.linspace(0, len(frames) - 1, self.num_frames).round().astype(int)
         figure = Figure(figsize=(2 * self.num_frames, 2.2), layout="constrained")
         for axes, i in zip(figure.subplots(1, self.num_frames, squeeze=False)[0], chosen, strict=True):
@@ -50,7 +50,7 @@ class PolicyFrames(Callback):
         figure.suptitle(f"{self.env}: return {total:.1f} in {len(frames) - 1} steps")
         save_figure(trainer, figure, "policy_frames", folder)
 
-    def _play(self, pl_module: Any) -> tuple[list[Any], float]:
+    def _run_episode(self, pl_module: Any) -> tuple[list[Any], float]:
         try:
             import gymnasium as gym
         except ModuleNotFoundError as error:

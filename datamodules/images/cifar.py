@@ -1,8 +1,6 @@
 """CIFAR-10 and CIFAR-100 from the binary version of their official archives, without torchvision."""
 
-import gzip
 import tarfile
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from lit_methods.batches import SupervisedBatch
 from lit_methods.datamodules.download import fetch
+from lit_methods.datamodules.reading import open_unpacked, reading
 from lit_methods.datamodules.tensors import TensorDataModule, check_int
 
 _SITE = "https://www.cs.toronto.edu/~kriz/"
@@ -139,20 +138,19 @@ class CIFAR10DataModule(TensorDataModule):
         path = Path(self.data_dir) / self.archive
         wanted = {f"{self.folder}/{name}": name for name in self._names()}
         contents = {}
-        try:
-            with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
-                for member in tar:
-                    name = wanted.get(member.name.removeprefix("./"))
-                    if name is not None and member.isreg():
-                        file = tar.extractfile(member)
-                        assert file is not None
-                        contents[name] = (f"{path}:{member.name}", file.read())
-                while unzipped.read(1 << 20):  # gzip's checksum comes last, and tarfile stops before it
-                    pass
-        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-            raise ValueError(
-                f"{path} is damaged or not a gzipped tar file ({error}). Delete it and fetch it again."
-            ) from error
+        with (
+            reading(path, "a gzipped tar file"),
+            open_unpacked(path) as unzipped,
+            tarfile.open(fileobj=unzipped, mode="r|") as tar,
+        ):
+            for member in tar:
+                name = wanted.get(member.name.removeprefix("./"))
+                if name is not None and member.isreg():
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    contents[name] = (f"{path}:{member.name}", file.read())
+            while unzipped.read(1 << 20):  # gzip's checksum comes last, and tarfile stops before it
+                pass
         if lacking := sorted(set(self._names()) - set(contents)):
             raise ValueError(f"{path} does not hold {', '.join(lacking)} in {self.folder}: is it the binary version?")
         return contents

@@ -1,8 +1,6 @@
 """MNIST and Fashion-MNIST from their four IDX files, without torchvision."""
 
-import gzip
 import math
-import zlib
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from lit_methods.batches import SupervisedBatch
 from lit_methods.datamodules.download import fetch
+from lit_methods.datamodules.reading import open_unpacked, reading
 from lit_methods.datamodules.tensors import TensorDataModule, check_int
 
 _FILES = {
@@ -176,11 +175,8 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         ValueError: naming the file, when it is not gzip, not IDX, not of bytes, or longer or shorter than it says.
     """
-    try:
-        with gzip.open(path) as file:
-            content = file.read()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged or not a gzip file ({error}). Delete it and fetch it again.") from error
+    with reading(path, "a gzip file"), open_unpacked(path) as file:
+        content = file.read()
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {content[:4].hex()!r}.")
     header = 4 + 4 * content[3]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import InteractionBatch
 from lit_methods.datamodules.interactions.files import Events, read_columns, read_table
+from lit_methods.datamodules.reading import reading
 from lit_methods.datamodules.tensors import TensorDataModule, TensorRows, UnrepeatedSampler, check_int
 
 
@@ -64,7 +66,10 @@ class InteractionsDataModule(TensorDataModule):
     events (once); permute users in ascending order of their ids by NumPy's legacy generator; the last
     ``num_heldout_users`` are for the test, those before for validation. Items that no training user has are dropped.
     Of a held-out user's n >= 5 items, ``int(target_fraction * n)`` drawn ones are the targets and the others the
-    history; with fewer, all are history (metrics skip and count such users).
+    history; with fewer, all are history (metrics skip and count such users). If that is so for all of them, ``setup``
+    refuses the split.
+
+    Ids are numbers where all of a column are integers in their only spelling; with "007" among them, all are text.
 
     Evaluation visits each user once on any number of ranks. After ``setup``, ``num_items`` and ``item_ids`` (the id of
     each item index) are known; :class:`~lit_methods.vi.MultVAE` asks for ``num_items`` by itself.
@@ -72,9 +77,11 @@ class InteractionsDataModule(TensorDataModule):
     Args:
         interactions: path of a text table whose first line names the columns, or of a scipy sparse matrix in ``.npz``
             (users in rows); or such a matrix itself, or a table in memory (``DataFrame`` or dictionary of arrays).
-        user_column: name of the column with user ids (integers or text).
-        item_column: name of the column with item ids.
-        rating_column: name of the column with ratings or counts; None: every event counts 1.
+        user_column: name of the column with user ids (integers or text), or its place, from 0, in a file whose first
+            line is an event; names or places for all three columns.
+        item_column: name or place of the column with item ids.
+        rating_column: name or place of the column with ratings or counts; None: every event counts 1, and
+            ``min_rating`` has nothing to apply to.
         delimiter: what separates columns.
         min_rating: smallest rating that counts as an interaction; None: any. The authors: 4 of 5 stars.
         min_user_interactions: users with fewer are dropped, >= 1.
@@ -91,16 +98,17 @@ class InteractionsDataModule(TensorDataModule):
         seed: seed of the order of training users, >= 0.
 
     Raises:
-        ValueError: an argument out of range, missing columns, or too few users to hold out so many.
+        ValueError: an argument out of range; in ``setup``: missing columns, missing ids, ratings that are no finite
+            numbers (with file and row), too few users to hold out so many, or none of them with a target.
         FileNotFoundError: the file is not there.
     """
 
     def __init__(
         self,
         interactions: str | Path | sparse.csr_array | sparse.csr_matrix | Table,
-        user_column: str = "user_id",
-        item_column: str = "item_id",
-        rating_column: str | None = "rating",
+        user_column: int | str = "user_id",
+        item_column: int | str = "item_id",
+        rating_column: int | str | None = "rating",
         delimiter: str = ",",
         min_rating: float | None = 4.0,
         min_user_interactions: int = 5,
@@ -118,8 +126,12 @@ class InteractionsDataModule(TensorDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.interactions = interactions
         self.columns = (user_column, item_column, rating_column)
+        if len({type(column) for column in self.columns if column is not None}) > 1:
+            raise ValueError(
+                f"user_column, item_column and rating_column must all be names, or all places, got {self.columns}"
+            )
         self.delimiter = delimiter
-        self.min_rating = min_rating
+        self.min_rating = min_rating if rating_column is not None else None
         self.min_user_interactions = check_int("min_user_interactions", min_user_interactions, 1)
         self.min_item_interactions = check_int("min_item_interactions", min_item_interactions, 0)
         self.num_heldout_users = check_int("num_heldout_users", num_heldout_users, 1)
@@ -136,7 +148,7 @@ class InteractionsDataModule(TensorDataModule):
 
     def prepare_data(self) -> None:
         """Write the processed data, if a ``cache_dir`` is given and it is not there yet."""
-        if self.cache_dir is not None and not (cache := self._cache()).exists():
+        if self.cache_dir is not None and _load_cache(cache := self._cache()) is None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             part = cache.with_name(cache.name + ".part")
             with part.open("wb") as file:
@@ -147,11 +159,8 @@ class InteractionsDataModule(TensorDataModule):
         """Read and split, once."""
         if self.num_items is not None:
             return
-        if self.cache_dir is not None and (cache := self._cache()).exists():
-            with np.load(cache, allow_pickle=False) as arrays:
-                split = Split(**arrays)
-        else:
-            split = self._split()
+        split = _load_cache(self._cache()) if self.cache_dir is not None else None
+        split = split or self._split()
         self.num_items, self.item_ids, self.user_ids = len(split.item_ids), split.item_ids, split.user_ids
         self.histories = InteractionBatch(
             torch.from_numpy(split.items),
@@ -202,9 +211,10 @@ class InteractionsDataModule(TensorDataModule):
             raise ValueError(f"Invalid cache_dir={self.cache_dir!r}: must be None for interactions in memory.")
         path = Path(self.interactions)
         if not path.is_file():
+            columns = ", ".join(str(column) for column in self.columns if column is not None)
             raise FileNotFoundError(
                 f"{type(self).__name__} lacks {path.absolute()}: pass interactions=<path of your table with columns "
-                f"{', '.join(c for c in self.columns if c)}, or of a scipy sparse matrix in .npz>."
+                f"{columns}, or of a scipy sparse matrix in .npz>."
             )
         return [path]
 
@@ -215,14 +225,31 @@ class InteractionsDataModule(TensorDataModule):
             [path] = self._sources()
             if path.suffix != ".npz":
                 return read_table(path, self.columns, self.delimiter, self.min_rating)
-            source = sparse.load_npz(path)
+            with reading(path, "a scipy sparse matrix"):
+                source = sparse.load_npz(path)
         if not sparse.issparse(source):
             return read_columns(source, self.columns, self.min_rating)
         entries = sparse.csr_array(source).tocoo()
+        if not np.isfinite(entries.data).all():
+            place = int(np.argmin(np.isfinite(entries.data)))
+            user, item = (int(column[place]) for column in entries.coords)
+            raise ValueError(f"interactions must be finite, got {entries.data[place]} in row {user}, column {item}")
         keep = entries.data >= (self.min_rating if self.min_rating is not None else -np.inf)
         users, items = (column[keep].astype(np.int64) for column in entries.coords)
         sizes = entries.shape
         return Events(users, items, entries.data[keep].astype(np.float32), *(np.arange(size) for size in sizes))
+
+
+def _load_cache(path: Path) -> Split | None:
+    """What was written there; None if nothing was, or it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with reading(path, "a cache of this class"), np.load(path, allow_pickle=False) as arrays:
+            return Split(**arrays)
+    except ValueError as error:
+        warnings.warn(f"{error} It is made anew.", stacklevel=2)
+        return None
 
 
 def split_events(
@@ -295,6 +322,14 @@ def split_events(
             if n >= 5:
                 is_target[start + generator.choice(n, size=int(target_fraction * n), replace=False)] = True
     target_counts = np.bincount(row_of_user[users[is_target]], minlength=len(row_users))
+    for part, stage in ((1, "validation"), (2, "test")):
+        low = sizes[:part].sum()
+        if not target_counts[low : low + sizes[part]].any():
+            raise ValueError(
+                f"None of the {sizes[part]} {stage} users has a target: it takes 5 items that training users have, and "
+                f"target_fraction={target_fraction} of them must be at least 1. Raise min_user_interactions, "
+                "num_heldout_users or target_fraction."
+            )
     return Split(
         items[~is_target],
         _offsets(counts - target_counts),

@@ -8,6 +8,7 @@ from typing import ClassVar
 from lit_methods.datamodules.download import fetch
 from lit_methods.datamodules.interactions.datamodule import InteractionsDataModule
 from lit_methods.datamodules.interactions.files import Events, read_netflix, read_table
+from lit_methods.datamodules.reading import reading
 
 _TABLES: dict[str, tuple[str, tuple[str | int, str | int, str | int]]] = {
     "ratings.csv": (",", ("userId", "movieId", "rating")),
@@ -30,20 +31,22 @@ class MovieLensDataModule(InteractionsDataModule):
         version: "100k", "1m", "10m", "20m", "25m", "32m" or "latest-small" (which changes, so it has no checksum).
         data_dir: see above; it may also be the path of the file or archive itself.
         download: whether to download what is missing.
-        min_rating: as in :class:`InteractionsDataModule`, like all that follow.
-        min_user_interactions: as there.
-        min_item_interactions: as there.
-        num_heldout_users: as there; the default is for 20m. The smaller versions need less.
-        target_fraction: as there.
-        split_seed: as there.
-        cache_dir: as there.
-        batch_size: as there.
-        eval_batch_size: as there.
-        num_workers: as there.
-        seed: as there.
+        min_rating: smallest rating that counts as an interaction; None: any. The authors: 4 of 5 stars.
+        min_user_interactions: users with fewer are dropped, >= 1.
+        min_item_interactions: items with fewer are dropped, >= 0.
+        num_heldout_users: users for validation, and again as many for the test, >= 1. The default is for 20m. The
+            smaller versions need less.
+        target_fraction: share of a held-out user's items to be recommended, in (0, 1).
+        split_seed: seed of the split, >= 0.
+        cache_dir: folder for the processed data (rank zero writes it in ``prepare_data``), which is read instead of the
+            file while settings and file stay the same; None: none.
+        batch_size: users per training batch on each rank, >= 1.
+        eval_batch_size: users per evaluation batch on each rank, >= 1.
+        num_workers: loader processes on each rank, >= 0.
+        seed: seed of the order of training users, >= 0.
 
     Raises:
-        ValueError: as there; an unknown ``version``.
+        ValueError: an unknown ``version``, an argument out of range, or in ``setup`` ratings that cannot be split so.
         FileNotFoundError: the ratings are not there and cannot be downloaded; says which file, where, how to get it.
     """
 
@@ -145,11 +148,8 @@ class MovieLensDataModule(InteractionsDataModule):
 
 
 def _in_archive(path: Path) -> tuple[Path, str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is damaged or not a zip archive ({error}). Delete it and fetch it again.") from error
+    with reading(path, "a zip archive"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     for name in names:
         if name.rpartition("/")[2] in _TABLES or name.endswith(".inter"):
             return path, name
@@ -176,20 +176,21 @@ class NetflixPrizeDataModule(InteractionsDataModule):
 
     Args:
         data_dir: see above.
-        min_rating: as in :class:`InteractionsDataModule`, like all that follow.
-        min_user_interactions: as there.
-        min_item_interactions: as there.
-        num_heldout_users: as there.
-        target_fraction: as there.
-        split_seed: as there.
-        cache_dir: as there; recommended, for the 100 million lines.
-        batch_size: as there.
-        eval_batch_size: as there.
-        num_workers: as there.
-        seed: as there.
+        min_rating: smallest rating that counts as an interaction; None: any. The authors: 4 of 5 stars.
+        min_user_interactions: users with fewer are dropped, >= 1.
+        min_item_interactions: items with fewer are dropped, >= 0.
+        num_heldout_users: users for validation, and again as many for the test, >= 1.
+        target_fraction: share of a held-out user's items to be recommended, in (0, 1).
+        split_seed: seed of the split, >= 0.
+        cache_dir: folder for the processed data (rank zero writes it in ``prepare_data``), which is read instead of the
+            file while settings and file stay the same; None: none. Recommended, for the 100 million lines.
+        batch_size: users per training batch on each rank, >= 1.
+        eval_batch_size: users per evaluation batch on each rank, >= 1.
+        num_workers: loader processes on each rank, >= 0.
+        seed: seed of the order of training users, >= 0.
 
     Raises:
-        ValueError: as there.
+        ValueError: an argument out of range, or in ``setup`` interactions that cannot be split so.
         FileNotFoundError: says which files are missing, and where.
     """
 
@@ -246,20 +247,22 @@ class MSDTasteProfileDataModule(InteractionsDataModule):
 
     Args:
         data_dir: see above.
-        min_user_interactions: as in :class:`InteractionsDataModule`, like all that follow.
-        min_item_interactions: as there.
-        num_heldout_users: as there.
-        target_fraction: as there.
-        binarize: as there; False: numbers of plays.
-        split_seed: as there.
-        cache_dir: as there; recommended, for the 48 million lines.
-        batch_size: as there.
-        eval_batch_size: as there.
-        num_workers: as there.
-        seed: as there.
+        min_user_interactions: users with fewer are dropped, >= 1.
+        min_item_interactions: items with fewer are dropped, >= 0.
+        num_heldout_users: users for validation, and again as many for the test, >= 1.
+        target_fraction: share of a held-out user's items to be recommended, in (0, 1).
+        binarize: every interaction counts 1; False: values are counts (the sum over repeated pairs). False: numbers of
+            plays.
+        split_seed: seed of the split, >= 0.
+        cache_dir: folder for the processed data (rank zero writes it in ``prepare_data``), which is read instead of the
+            file while settings and file stay the same; None: none. Recommended, for the 48 million lines.
+        batch_size: users per training batch on each rank, >= 1.
+        eval_batch_size: users per evaluation batch on each rank, >= 1.
+        num_workers: loader processes on each rank, >= 0.
+        seed: seed of the order of training users, >= 0.
 
     Raises:
-        ValueError: as there.
+        ValueError: an argument out of range, or in ``setup`` interactions that cannot be split so.
         FileNotFoundError: says which file is missing, where, and how to get it.
     """
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_methods.batches import SequenceBatch, TransitionBatch
+from lit_methods.batches import SequenceBatch, Spaces, TransitionBatch
 from lit_methods.datamodules.download import fetch
+from lit_methods.datamodules.reading import reading
 from lit_methods.datamodules.rl.d4rl_reference import dataset_url, reference_scores
-from lit_methods.datamodules.rl.environments import EnvironmentDataModule, gym
+from lit_methods.datamodules.rl.environments import EnvironmentDataModule, gym, spaces_of
 from lit_methods.datamodules.rl.recordings import Arrays, load_minari, load_transitions_hdf5
 from lit_methods.datamodules.rl.replay import PackedTransitions
 from lit_methods.datamodules.tensors import check_int
@@ -39,6 +40,8 @@ class D4RLDataModule(EnvironmentDataModule):
     observation follows, the last row is dropped, and so is every row that a time limit cut. (Without a ``timeouts``
     array, the cuts are counted from ``max_episode_steps``; D4RL's own counter is off by one after the first episode.)
     "stored" uses the file's own ``next_observations`` and keeps these rows: more data, and the right bootstrap.
+
+    Observations keep their shape and become float32 (images, too: 4 bytes for each pixel); integer actions stay int64.
 
     Validation and test play ``num_eval_episodes`` episodes in ``eval_env``; without one there are none.
 
@@ -63,13 +66,14 @@ class D4RLDataModule(EnvironmentDataModule):
         num_eval_episodes: episodes per evaluation, >= 1.
         env_kwargs: keyword arguments of ``eval_env``.
         seed: of the draws and evaluation episodes, >= 0.
+        eval_actions: "mean": evaluate the module's deterministic actions; "sample": those it takes in training.
 
     Attributes:
         num_transitions: how many there are, after ``setup``.
         observation_size: numbers in one observation.
-        action_size: numbers in one action.
-        observation_mean: mean that was subtracted, or zeros.
-        observation_std: what was divided by, or ones.
+        action_size: numbers in one action; 1 for discrete ones.
+        observation_mean: mean that was subtracted, or zeros, ``(*observation)``.
+        observation_std: what was divided by, or ones, ``(*observation)``.
 
     Raises:
         ValueError: an argument out of range, or a ``dataset`` of none of the three forms.
@@ -95,8 +99,9 @@ class D4RLDataModule(EnvironmentDataModule):
         num_eval_episodes: int = 10,
         env_kwargs: dict[str, Any] | None = None,
         seed: int = 0,
+        eval_actions: Literal["mean", "sample"] = "mean",
     ) -> None:
-        super().__init__(eval_env or "", env_kwargs, num_eval_episodes, seed)
+        super().__init__(eval_env or "", env_kwargs, num_eval_episodes, seed, eval_actions=eval_actions)
         for name, value, allowed in (
             ("format", format, ("auto", "d4rl", "minari")),
             ("kind", kind, ("transitions", "episodes")),
@@ -123,6 +128,7 @@ class D4RLDataModule(EnvironmentDataModule):
         self.reward_shift = reward_shift
         self.eval_env = eval_env
         self._scores: tuple[float, float] | None = None
+        self._dataset_id: str | None = None  # of a Minari folder
         self._transitions: PackedTransitions | None = None
         self._episodes: list[Arrays] = []
 
@@ -147,13 +153,19 @@ class D4RLDataModule(EnvironmentDataModule):
         if not ends.any():
             warnings.warn(f"{self.dataset}: no episode ends: treated as one unfinished episode", stacklevel=2)
         arrays["rewards"] = self._rescale(arrays["rewards"], ends)
-        observations = arrays["observations"].reshape(len(ends), -1)
-        self.observation_size = observations.shape[1]
-        self.observation_mean = torch.zeros(self.observation_size)
-        self.observation_std = torch.ones(self.observation_size)
+        for name in ("observations", "next_observations"):
+            if name in arrays:
+                arrays[name] = np.asarray(arrays[name], np.float32)
+        observations, actions = arrays["observations"], arrays["actions"]
+        discrete = actions.dtype.kind in "iu" and actions.ndim == 1
+        self._spaces = self._spaces_of(observations, actions, discrete)
+        self.observation_size = observations[0].size
+        self.action_size = actions[0].size
+        self.observation_mean = torch.zeros(observations.shape[1:])
+        self.observation_std = torch.ones(observations.shape[1:])
         if self.normalize_observations:
-            self.observation_mean = torch.from_numpy(observations.mean(0))
-            self.observation_std = torch.from_numpy(observations.std(0)) + 1e-3
+            self.observation_mean = torch.from_numpy(np.asarray(observations.mean(0)))
+            self.observation_std = torch.from_numpy(np.asarray(observations.std(0))) + 1e-3
             for name in ("observations", "next_observations"):
                 if name in arrays:
                     arrays[name] = self._normalize(torch.from_numpy(arrays[name])).numpy()
@@ -161,7 +173,6 @@ class D4RLDataModule(EnvironmentDataModule):
             self._episodes = split_episodes(arrays)
             if not self._episodes:
                 raise ValueError(f"{self.dataset} has no finished episode")
-            self.action_size = self._episodes[0]["actions"].reshape(len(self._episodes[0]["actions"]), -1).shape[1]
             self.num_transitions = sum(len(e["rewards"]) for e in self._episodes)
             return
         stored = self.next_observations == "stored" or self.format == "minari"
@@ -170,9 +181,9 @@ class D4RLDataModule(EnvironmentDataModule):
         if not number:
             raise ValueError(f"{self.dataset} has no transition")
         parts = [torch.from_numpy(np.asarray(rows[name], np.float32)).reshape(number, -1) for name in _COLUMNS]
-        self.action_size = parts[1].shape[1]
         self.num_transitions = number
-        self._transitions = PackedTransitions(self.observation_size, self.action_size, self.num_transitions)
+        size = 0 if discrete else self.action_size
+        self._transitions = PackedTransitions(observations.shape[1:], size, self.num_transitions)
         self._transitions.add(torch.cat(parts, 1))
 
     def train_dataloader(self) -> StatefulDataLoader:
@@ -193,7 +204,8 @@ class D4RLDataModule(EnvironmentDataModule):
         if self._transitions is None:
             observations = [torch.from_numpy(e["observations"]) for e in self._episodes]
         else:
-            observations = list(self._transitions.rows[:, : self.observation_size].split(self.batch_size))
+            rows = self._transitions.rows[:, : self.observation_size]
+            observations = list(rows.unflatten(1, self._transitions.observation_shape).split(self.batch_size))
         return StatefulDataLoader(observations, batch_size=None)
 
     def normalized_score(self, returns: Tensor | NDArray[Any] | float) -> NDArray[Any]:
@@ -204,7 +216,9 @@ class D4RLDataModule(EnvironmentDataModule):
         Raises:
             ValueError: there are none.
         """
-        low, high = self._scores or reference_scores(Path(self.dataset).stem.replace("_", "-"))
+        local = self.format == "d4rl" or Path(self.dataset).exists()
+        name = self._dataset_id or (Path(self.dataset).stem if local else self.dataset)
+        low, high = self._scores or reference_scores(name)
         return 100 * (np.asarray(returns) - low) / (high - low)
 
     def make_eval_env(self, num_envs: int = 1) -> gym.vector.VectorEnv:
@@ -218,6 +232,24 @@ class D4RLDataModule(EnvironmentDataModule):
             vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP},
             **self.env_kwargs,
         )
+
+    def _spaces_of(self, observations: NDArray[Any], actions: NDArray[Any], discrete: bool) -> Spaces:
+        """Sizes of the data; bounds of ``eval_env``, or the extremes of the data."""
+        shape, flat = observations.shape[1:], actions.reshape(len(actions), -1)
+        number = int(actions.max()) + 1 if discrete else 0
+        extremes = ((), ()) if discrete else (tuple(flat.min(0).tolist()), tuple(flat.max(0).tolist()))
+        found = Spaces(shape, number, *extremes, observed=True)
+        if not self.eval_env:
+            return found
+        env = gym.make(self.eval_env, disable_env_checker=True, **self.env_kwargs)
+        expected = spaces_of(env.observation_space, env.action_space)
+        env.close()
+        if (found.observation_shape, len(found.low)) != (expected.observation_shape, len(expected.low)):
+            raise ValueError(
+                f"{self.dataset} must have observations of shape {expected.observation_shape} and {len(expected.low)} "
+                f"numbers in an action, as eval_env={self.eval_env} has, got {shape} and {len(found.low)}"
+            )
+        return expected
 
     def _agent(self) -> Any:
         agent = super()._agent()
@@ -250,7 +282,8 @@ class D4RLDataModule(EnvironmentDataModule):
 
         folder = Path(self.dataset)
         if folder.exists():
-            data = minari.MinariDataset(folder if folder.name == "data" else folder / "data")
+            with reading(folder, "a Minari data set"):
+                data = minari.MinariDataset(folder if folder.name == "data" else folder / "data")
         else:
             try:
                 data = minari.load_dataset(self.dataset)
@@ -262,7 +295,10 @@ class D4RLDataModule(EnvironmentDataModule):
         metadata = data.storage.metadata
         if metadata.get("ref_min_score") is not None:
             self._scores = (float(metadata["ref_min_score"]), float(metadata["ref_max_score"]))
-        return load_minari(data)
+        elif folder.exists() and metadata.get("dataset_id"):
+            self._dataset_id = str(metadata["dataset_id"])
+        with reading(self.dataset, "a Minari data set"):
+            return load_minari(data)
 
     def _shifted(self, arrays: Arrays) -> Arrays:
         if "timeouts" not in arrays:

@@ -36,6 +36,9 @@ SCORES: dict[str, tuple[float, float]] = {
 }
 """Task -> returns that count as 0 and as 100; the same for all splits and versions of a task."""
 
+_FILE_NAMES = {"ant-maze": "antmaze", "mini-kitchen": "kitchen", "minigrid4rooms": "minigrid-fourrooms"}
+"""How D4RL's files call some tasks."""
+
 _ROOT = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 _FILES = {
     "antmaze-umaze-v2": "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed",
@@ -60,7 +63,10 @@ def reference_scores(name: str) -> tuple[float, float]:
     Raises:
         ValueError: the task is not known; the message lists those that are.
     """
-    plain = re.sub(r"^(.*://)?(farama-minari/)?(d4rl/|mujoco/)?", "", name.lower()).replace("/", "-")
+    plain = re.sub(r"^(.*://)?(farama-minari/)?(d4rl/|mujoco/)?", "", name.lower())
+    plain = re.sub(r"[/_]", "-", plain)
+    for file, task in _FILE_NAMES.items():
+        plain = re.sub(f"^{file}", task, plain)
     tasks = [task for task in SCORES if plain == task or plain.startswith(task + "-")]
     if not tasks:
         raise ValueError(f"no reference scores for {name!r}; known tasks: {', '.join(SCORES)}")

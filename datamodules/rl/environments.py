@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_methods.batches import EpisodeBatch
+from lit_methods.batches import EpisodeBatch, Spaces
 from lit_methods.datamodules.tensors import check_int
 
 try:
     import gymnasium as gym
-    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('environments need gymnasium: pip install "lit-methods[rl]"') from error
 
@@ -103,7 +103,6 @@ class Collector:
         makers = [partial(_seeded, factory, env_kwargs, seed, i) for i in range(num_envs)]
         kind = SyncVectorEnv if vectorization == "sync" else AsyncVectorEnv
         self.envs: SyncVectorEnv | AsyncVectorEnv = kind(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-        check_spaces(self.envs)
         space = self.envs.single_action_space
         self.bounds = (space.low, space.high) if isinstance(space, gym.spaces.Box) else None
         self.steps = 0
@@ -175,8 +174,8 @@ class Collector:
 class EnvironmentDataModule(pl.LightningDataModule):
     """Evaluation episodes for validation and test, and what training data from environments shares.
 
-    Validation and test play ``num_eval_episodes`` episodes with the module's deterministic actions, shared out over the
-    ranks, in environments of their own, from the same seeds every time; prediction is over their first observations.
+    Validation and test play ``num_eval_episodes`` episodes, shared out over the ranks, in environments of their own,
+    from the same seeds every time; prediction is over their first observations.
 
     Args:
         env: gymnasium id, or a function that builds an environment.
@@ -184,6 +183,7 @@ class EnvironmentDataModule(pl.LightningDataModule):
         num_eval_episodes: episodes per evaluation, >= 1.
         seed: of training and evaluation episodes, >= 0.
         record_to: HDF5 file to write the training steps to when training ends.
+        eval_actions: "mean": the module's deterministic actions; "sample": what it does in training.
     """
 
     def __init__(
@@ -193,14 +193,32 @@ class EnvironmentDataModule(pl.LightningDataModule):
         num_eval_episodes: int,
         seed: int,
         record_to: str | Path | None = None,
+        eval_actions: Literal["mean", "sample"] = "mean",
     ) -> None:
         super().__init__()
+        if eval_actions not in ("mean", "sample"):
+            raise ValueError(f"eval_actions must be 'mean' or 'sample', got {eval_actions!r}")
         self.record_to = record_to
+        self.eval_actions = eval_actions
         self._collector: Collector | None = None
+        self._spaces: Spaces | None = None
         self.env = env
         self.env_kwargs = env_kwargs or {}
         self.num_eval_episodes = check_int("num_eval_episodes", num_eval_episodes, 1)
         self.seed = check_int("seed", seed, 0)
+
+    @property
+    def spaces(self) -> Spaces:
+        """What the environment takes and gives.
+
+        Raises:
+            ValueError: spaces that the methods cannot use.
+        """
+        if self._spaces is None:
+            env = make_env(self.env, self.env_kwargs)
+            self._spaces = spaces_of(env.observation_space, env.action_space)
+            env.close()
+        return self._spaces
 
     def val_dataloader(self) -> StatefulDataLoader:
         """One batch: the evaluation episodes of this rank."""
@@ -264,8 +282,8 @@ class _Evaluation(IterableDataset[EpisodeBatch]):
         return 1
 
     def __iter__(self) -> Iterator[EpisodeBatch]:
-        agent = self.datamodule._agent()
-        yield evaluate(agent, self.datamodule.env, self.datamodule.env_kwargs, self.seeds, agent.device)
+        data, agent = self.datamodule, self.datamodule._agent()
+        yield evaluate(agent, data.env, data.env_kwargs, self.seeds, agent.device, data.eval_actions == "mean")
 
 
 def make_env(factory: EnvFactory, env_kwargs: dict[str, Any]) -> gym.Env:
@@ -275,13 +293,12 @@ def make_env(factory: EnvFactory, env_kwargs: dict[str, Any]) -> gym.Env:
     return gym.make(factory, disable_env_checker=True, **env_kwargs)
 
 
-def check_spaces(envs: VectorEnv) -> None:
-    """Refuse spaces that the methods cannot use.
+def spaces_of(observations: gym.Space, actions: gym.Space) -> Spaces:
+    """What networks need to know of them.
 
     Raises:
-        ValueError: observations are no Box, or actions neither a Discrete nor a bounded Box.
+        ValueError: observations are no Box, or actions neither a Discrete nor a Box of one dimension.
     """
-    observations, actions = envs.single_observation_space, envs.single_action_space
     if not isinstance(observations, gym.spaces.Box):
         raise ValueError(
             f"observation space {observations} is not a Box; flatten it with gymnasium.wrappers.FlattenObservation"
@@ -289,12 +306,10 @@ def check_spaces(envs: VectorEnv) -> None:
     if isinstance(actions, gym.spaces.Discrete):
         if actions.start != 0:
             raise ValueError(f"action space {actions} must start at 0")
-    elif not isinstance(actions, gym.spaces.Box) or actions.shape is None or len(actions.shape) != 1:
+        return Spaces(observations.shape, int(actions.n), (), ())
+    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1:
         raise ValueError(f"action space {actions} must be a Discrete or a Box of one dimension")
-    elif not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all()):
-        raise ValueError(
-            f"action space {actions} has no finite bounds; give it some with gymnasium.wrappers.RescaleAction or Clip"
-        )
+    return Spaces(observations.shape, 0, tuple(actions.low.tolist()), tuple(actions.high.tolist()))
 
 
 def evaluate(
@@ -303,21 +318,25 @@ def evaluate(
     env_kwargs: dict[str, Any],
     seeds: Sequence[int],
     device: torch.device | str = "cpu",
+    deterministic: bool = True,
 ) -> EpisodeBatch:
-    """Play one episode per seed with deterministic actions, in environments of their own."""
+    """Play one episode per seed, in environments of their own; random actions, too, are the same every time."""
     envs = SyncVectorEnv([partial(make_env, factory, env_kwargs)] * len(seeds), autoreset_mode=AutoresetMode.SAME_STEP)
     space = envs.single_action_space
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
     playing = np.ones(len(seeds), bool)
-    observations, _ = envs.reset(seed=list(seeds))
-    while playing.any():
-        actions, _ = agent.act(torch.from_numpy(_float32(observations)).to(device), deterministic=True)
-        chosen = actions.float().cpu().numpy() if isinstance(space, gym.spaces.Box) else actions.cpu().numpy()
-        chosen = np.clip(chosen, space.low, space.high) if isinstance(space, gym.spaces.Box) else chosen
-        observations, rewards, terminated, truncated, _ = envs.step(chosen)
-        returns += rewards * playing
-        lengths += playing
-        playing &= ~(terminated | truncated)
+    with torch.random.fork_rng(enabled=not deterministic):
+        if not deterministic:
+            torch.manual_seed(seeds[0])
+        observations, _ = envs.reset(seed=list(seeds))
+        while playing.any():
+            actions, _ = agent.act(torch.from_numpy(_float32(observations)).to(device), deterministic)
+            chosen = actions.float().cpu().numpy() if isinstance(space, gym.spaces.Box) else actions.cpu().numpy()
+            chosen = np.clip(chosen, space.low, space.high) if isinstance(space, gym.spaces.Box) else chosen
+            observations, rewards, terminated, truncated, _ = envs.step(chosen)
+            returns += rewards * playing
+            lengths += playing
+            playing &= ~(terminated | truncated)
     envs.close()
     return EpisodeBatch(torch.tensor(returns, dtype=torch.float32), torch.tensor(lengths))
 

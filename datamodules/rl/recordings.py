@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_methods.datamodules.reading import check_unpacked_size, reading
 from lit_methods.datamodules.rl.environments import gym
 
 try:
@@ -48,24 +49,30 @@ def save_transitions_hdf5(
 
 
 def load_transitions_hdf5(path: str | Path) -> Arrays:
-    """Read a file in D4RL's layout: floats as float32, flags as bool, ``(N, 1)`` as ``(N,)``; no ``metadata``.
+    """Read a file in D4RL's layout: floats as float32, flags as bool, ``(N, 1)`` as ``(N,)``.
+
+    What is under ``metadata`` is left out, and single numbers or texts, which belong to no step.
 
     Raises:
         KeyError: a required array is missing.
-        ValueError: arrays of different lengths, or rewards that are not finite.
+        ValueError: a damaged file, no steps, arrays of different lengths, or numbers that are none or not finite.
     """
     arrays: Arrays = {}
 
     def read(name: str, item: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(item, h5py.Dataset) and not name.startswith("metadata/"):
-            arrays[name] = item[()]
+        if isinstance(item, h5py.Dataset) and not name.startswith("metadata/") and (item.ndim or name in _REQUIRED):
+            check_unpacked_size(f"{path}:{name}", Path(path).stat().st_size, item.nbytes)
+            arrays[name] = np.asarray(item[()])
 
-    with h5py.File(path, "r") as file:
+    with reading(path, "an HDF5 file"), h5py.File(path, "r") as file:
         file.visititems(read)
+    for name in _REQUIRED:
+        if name in arrays and arrays[name].ndim == 0:
+            raise ValueError(f"{path}: {name} must have an entry for each step, got the single value {arrays[name]}")
     for name, values in arrays.items():
-        flat = values.reshape(len(values)) if name in _FLAT and values.ndim == 2 else values
+        flat = values[:, 0] if name in _FLAT and values.ndim == 2 and values.shape[1] == 1 else values
         if name in ("terminals", "timeouts"):
-            flat = flat.astype(bool)
+            flat = flat.astype(bool) if flat.dtype.kind in "biuf" else flat
         arrays[name] = flat.astype(np.float32) if flat.dtype.kind == "f" else flat
     check_arrays(arrays, str(path))
     return arrays
@@ -77,11 +84,22 @@ def check_arrays(arrays: Mapping[str, NDArray[Any]], source: str) -> None:
         if name not in arrays:
             raise KeyError(f"{source} has no {name!r}; found {', '.join(sorted(arrays))}")
     steps = len(arrays["observations"])
+    if not steps:
+        raise ValueError(f"{source} holds no steps")
     for name, values in arrays.items():
         if len(values) != steps:
             raise ValueError(f"{source}: {name} has {len(values)} steps, observations have {steps}")
-    if not np.isfinite(arrays["rewards"]).all():
-        raise ValueError(f"{source}: rewards are not finite")
+    for name in (*_REQUIRED, "timeouts", "next_observations"):
+        if name not in arrays:
+            continue
+        values = np.asarray(arrays[name])
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"{source}: {name} must be numbers, got {values.dtype}")
+        if name in _FLAT and values.ndim != 1:
+            raise ValueError(f"{source}: {name} must be one number for each step, got shape {values.shape}")
+        finite = np.isfinite(values).reshape(steps, -1).all(1)
+        if not finite.all():
+            raise ValueError(f"{source}: {name} must be finite, which step {int(np.argmin(finite))} is not")
 
 
 def save_minari(
@@ -149,5 +167,9 @@ def load_minari(dataset: Any) -> Arrays:
         parts["rewards"].append(np.asarray(episode.rewards))
         parts["terminals"].append(np.asarray(episode.terminations).astype(bool))
         parts["timeouts"].append(truncations)
+    source = dataset.spec.dataset_id
+    if not parts["rewards"]:
+        raise ValueError(f"{source} holds no episodes")
     arrays = {name: np.concatenate(values) for name, values in parts.items()}
+    check_arrays(arrays, source)
     return {name: values.astype(np.float32) if values.dtype.kind == "f" else values for name, values in arrays.items()}

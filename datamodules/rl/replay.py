@@ -1,8 +1,9 @@
 """Off-policy data: a replay buffer that grows while the policy trains on it."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import TransitionBatch
-from lit_methods.datamodules.rl.environments import Collector, EnvFactory, EnvironmentDataModule, gym
+from lit_methods.datamodules.rl.environments import Collector, EnvFactory, EnvironmentDataModule
 from lit_methods.datamodules.tensors import check_int
 
 
@@ -41,6 +42,7 @@ class ReplayDataModule(EnvironmentDataModule):
         record_to: HDF5 file in D4RL's layout to write all training steps to when training ends (each rank its own;
             after a resume, those since).
         seed: of all episodes, the random steps and the draws, >= 0.
+        eval_actions: "mean": evaluate the module's deterministic actions; "sample": those it takes in training.
 
     Raises:
         ValueError: an argument out of range; in ``setup``, spaces that do not fit.
@@ -61,8 +63,9 @@ class ReplayDataModule(EnvironmentDataModule):
         env_kwargs: dict[str, Any] | None = None,
         record_to: str | Path | None = None,
         seed: int = 0,
+        eval_actions: Literal["mean", "sample"] = "mean",
     ) -> None:
-        super().__init__(env, env_kwargs, num_eval_episodes, seed, record_to)
+        super().__init__(env, env_kwargs, num_eval_episodes, seed, record_to, eval_actions)
         self.num_envs = check_int("num_envs", num_envs, 1)
         self.capacity = check_int("capacity", capacity, 1)
         self.batch_size = check_int("batch_size", batch_size, 1)
@@ -74,13 +77,24 @@ class ReplayDataModule(EnvironmentDataModule):
 
     def setup(self, stage: str) -> None:
         """Build the training environments."""
+        spaces = self.spaces
+        if spaces.num_actions:
+            raise ValueError(
+                f"actions must be a Box, got Discrete({spaces.num_actions}): use RolloutDataModule and an on-policy "
+                "method for discrete actions"
+            )
+        if not np.isfinite([*spaces.low, *spaces.high]).all():
+            raise ValueError(
+                f"actions must have finite bounds, got {spaces.low} and {spaces.high}. If "
+                "gymnasium.wrappers.ClipAction took them away, leave it out: actions are clipped anyway"
+            )
+        if len(spaces.observation_shape) != 1:
+            raise ValueError(
+                f"observations must have one dimension, got shape {spaces.observation_shape}: flatten them with "
+                "gymnasium.wrappers.FlattenObservation"
+            )
         if stage == "fit" and self._collector is None:
             self._collector = self._collect(self.num_envs, "sync")
-            if not isinstance(self._collector.envs.single_action_space, gym.spaces.Box):
-                raise ValueError(
-                    f"action space {self._collector.envs.single_action_space} is not a Box: "
-                    "use RolloutDataModule and an on-policy method for discrete actions"
-                )
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Mini-batches, after the steps that are due."""
@@ -92,13 +106,16 @@ class PackedTransitions:
     """Transitions as rows of one float32 matrix: a batch is a single gather.
 
     Args:
-        observation_size: numbers in one observation.
-        action_size: numbers in one action.
+        observation_shape: of one observation; its numbers stand side by side.
+        action_size: numbers in one action; 0: one number, which is a discrete action.
         capacity: rows.
     """
 
-    def __init__(self, observation_size: int, action_size: int, capacity: int) -> None:
-        self.widths = (observation_size, action_size, 1, observation_size, 1)
+    def __init__(self, observation_shape: Sequence[int], action_size: int, capacity: int) -> None:
+        self.observation_shape = tuple(observation_shape)
+        self.discrete = action_size == 0
+        observation_size = math.prod(self.observation_shape)
+        self.widths = (observation_size, max(action_size, 1), 1, observation_size, 1)
         self.rows = torch.empty(capacity, sum(self.widths))
         self.total = 0  # ever added
 
@@ -117,10 +134,10 @@ class PackedTransitions:
             self.widths, 1
         )
         return TransitionBatch(
-            observations,
-            actions,
+            observations.unflatten(1, self.observation_shape),
+            actions[:, 0].long() if self.discrete else actions,
             rewards[:, 0],
-            following,
+            following.unflatten(1, self.observation_shape),
             terminations[:, 0],
             episode_returns,
             torch.tensor(env_steps),
@@ -133,8 +150,8 @@ class _Replay(IterableDataset[TransitionBatch]):
     def __init__(self, datamodule: ReplayDataModule, collector: Collector) -> None:
         self.datamodule = datamodule
         self.collector = collector
-        size, space = collector.observations.shape[1], collector.envs.single_action_space
-        self.buffer = PackedTransitions(size, space.shape[0], datamodule.capacity)  # type: ignore[index]
+        spaces = datamodule.spaces
+        self.buffer = PackedTransitions(spaces.observation_shape, len(spaces.low), datamodule.capacity)
         self.generator = torch.Generator().manual_seed(datamodule.seed + 7919 * datamodule._ranks()[0])
         self.place = self.start = 0
 

@@ -19,14 +19,14 @@ class RolloutDataModule(EnvironmentDataModule):
 
     The module's ``act(observations)`` chooses the actions. Collection and training alternate strictly: a batch is
     collected when the loop asks for it, by the policy that the last ``training_step`` left. Episodes go on from one
-    rollout to the next. Validation and test play whole episodes with deterministic actions.
+    rollout to the next. Validation and test play whole episodes.
 
     Every rank has its own environments and seeds. Resuming is exact for simulators that are deterministic: episodes
     start from known seeds and are played again up to where they stood.
 
     Args:
         env: gymnasium id, or a function that builds an environment. Observations must be a Box, actions a Discrete or
-            a bounded Box, to whose bounds actions are clipped on their way (not in the batch).
+            a Box of one dimension, to whose bounds actions are clipped on their way (not in the batch).
         num_envs: N, environments on each rank, >= 1.
         rollout_steps: T, steps of each environment per batch, >= 1.
         iterations_per_epoch: batches per epoch, >= 1.
@@ -36,6 +36,7 @@ class RolloutDataModule(EnvironmentDataModule):
         record_to: HDF5 file in D4RL's layout to write all training steps to when training ends (each rank its own;
             after a resume, those since).
         seed: of all episodes, >= 0.
+        eval_actions: "mean": evaluate the module's deterministic actions; "sample": those it takes in training.
 
     Raises:
         ValueError: an argument out of range; in ``setup``, spaces that do not fit.
@@ -52,8 +53,9 @@ class RolloutDataModule(EnvironmentDataModule):
         env_kwargs: dict[str, Any] | None = None,
         record_to: str | Path | None = None,
         seed: int = 0,
+        eval_actions: Literal["mean", "sample"] = "mean",
     ) -> None:
-        super().__init__(env, env_kwargs, num_eval_episodes, seed, record_to)
+        super().__init__(env, env_kwargs, num_eval_episodes, seed, record_to, eval_actions)
         self.num_envs = check_int("num_envs", num_envs, 1)
         self.rollout_steps = check_int("rollout_steps", rollout_steps, 1)
         self.iterations_per_epoch = check_int("iterations_per_epoch", iterations_per_epoch, 1)
@@ -63,6 +65,7 @@ class RolloutDataModule(EnvironmentDataModule):
 
     def setup(self, stage: str) -> None:
         """Build the training environments."""
+        assert self.spaces  # refuses others
         if stage == "fit" and self._collector is None:
             self._collector = self._collect(self.num_envs, self.vectorization)
 

@@ -1,14 +1,15 @@
 """Forest cover types in the order of their file: a long, drifting stream of real data."""
 
 from pathlib import Path
-from urllib.error import URLError
+from typing import ClassVar
 
 import numpy as np
 import torch
-from sklearn.datasets import fetch_covtype
 from torch import Tensor
 
 from lit_methods.batches import OnlineRound
+from lit_methods.datamodules.download import fetch
+from lit_methods.datamodules.reading import open_unpacked, reading
 from lit_methods.datamodules.synthetic.online_streams import _OnlineDataModule
 from lit_methods.datamodules.tensors import check_int
 
@@ -22,46 +23,57 @@ class CovertypeDataModule(_OnlineDataModule):
     point in a round: the comparator is 0.
 
     Args:
-        data_dir: folder where scikit-learn keeps its data sets; None for its own default.
-        download: fetch the file (11 MB) in ``prepare_data`` when it is missing.
+        data_dir: folder with ``covtype.data.gz`` or ``covtype.data`` (also in a folder ``covertype`` there).
+        download: fetch ``covtype.data.gz`` (11 MB) in ``prepare_data`` when both are missing.
         samples_per_round: places a round on each rank, >= 1.
         num_workers: loader processes, >= 0.
 
     Raises:
-        ValueError: an argument out of range.
-        FileNotFoundError: in ``setup``, when the data set is not there.
+        ValueError: an argument out of range, or a file that is damaged or not what its name says.
+        FileNotFoundError: in ``setup``, when the data set is not there; says where it should be and how to get it.
     """
 
     dim = 55
+    mirrors: ClassVar[tuple[str, ...]] = (
+        "https://ndownloader.figshare.com/files/5976039",
+        "https://archive.ics.uci.edu/ml/machine-learning-databases/covtype/covtype.data.gz",
+    )
+    sha256: ClassVar[str] = "614360d0257557dd1792834a85a1cdebfadc3c4f30b011d56afee7ffb5b15771"
 
     def __init__(
         self,
-        data_dir: str | Path | None = None,
+        data_dir: str | Path = "data/covertype",
         download: bool = True,
         samples_per_round: int = 10,
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size=1, num_workers=num_workers)
-        self.data_dir = data_dir
+        self.data_dir = Path(data_dir)
         self.download = download
         self.samples_per_round = check_int("samples_per_round", samples_per_round, 1)
         self._data: tuple[Tensor, Tensor] | None = None
 
     def prepare_data(self) -> None:
-        """Let scikit-learn download the file, if that is asked for."""
-        if self.download:
+        """Download the file, if it is missing and that is asked for."""
+        if self.download and self._find() is None:
             try:
-                fetch_covtype(data_home=self.data_dir)
-            except URLError as error:
-                raise OSError(f"{error}; {_explain(self.data_dir)}") from error
+                fetch(self.mirrors, self.data_dir / "covtype.data.gz", sha256=self.sha256)
+            except OSError as error:
+                raise FileNotFoundError(self._explain(f" The download failed: {error}")) from error
 
     def setup(self, stage: str) -> None:
         """Read and scale the data."""
         if self._data is None:
-            try:
-                x, y = fetch_covtype(data_home=self.data_dir, download_if_missing=False, return_X_y=True)
-            except OSError as error:
-                raise FileNotFoundError(_explain(self.data_dir)) from error
+            if (path := self._find()) is None:
+                raise FileNotFoundError(self._explain())
+            with reading(path, "the cover type table"), open_unpacked(path) as file:
+                table = np.loadtxt(file, delimiter=",", ndmin=2)
+            x, y = table[:, :-1], table[:, -1]
+            if x.shape[1] != self.dim - 1 or not np.isfinite(x).all() or not np.isin(y, np.arange(1, 8)).all():
+                raise ValueError(
+                    f"{path} must hold {self.dim - 1} finite numbers and a cover type from 1 to 7 in each line, got "
+                    f"{table.shape[1]} columns"
+                )
             deviations = x.std(0)
             scaled = (x - x.mean(0)) / np.where(deviations > 0, deviations, 1)
             features = np.concatenate([scaled, np.ones((len(x), 1))], 1)
@@ -80,10 +92,13 @@ class CovertypeDataModule(_OnlineDataModule):
             features[rows].view(*shape, self.dim), targets[rows].view(shape), torch.zeros(self.rounds, self.dim)
         )
 
+    def _find(self) -> Path | None:
+        folders = (self.data_dir, self.data_dir / "covertype")
+        files = [folder / name for folder in folders for name in ("covtype.data.gz", "covtype.data")]
+        return next((file for file in files if file.is_file()), None)
 
-def _explain(data_dir: str | Path | None) -> str:
-    place = "scikit-learn's data folder" if data_dir is None else str(data_dir)
-    return (
-        f"the cover type data set is not in {place}: run sklearn.datasets.fetch_covtype(data_home=...) where there is "
-        "a network and copy its folder 'covertype' there, or set download: true"
-    )
+    def _explain(self, reason: str = "") -> str:
+        return (
+            f"CovertypeDataModule lacks covtype.data.gz in {self.data_dir.absolute()}. Put {self.mirrors[1]} there, or "
+            f"set download: true. (Files that scikit-learn made of it are pickles, which are not read.){reason}"
+        )

@@ -9,8 +9,10 @@ from sklearn.datasets import load_svmlight_file
 from torch import Tensor
 
 from lit_methods.batches import SupervisedBatch
+from lit_methods.datamodules.reading import open_unpacked, reading
 from lit_methods.datamodules.tensors import TensorDataModule, check_int
 
+_LARGEST_BATCH = 2**32  # bytes
 _PAGE = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/"
 
 
@@ -51,7 +53,8 @@ class LibSVMDataModule(TensorDataModule):
         test_size: number of examples held out for the test where there is no ``test_file``, >= 0.
 
     Raises:
-        ValueError: for an argument out of range, a file that is no such file, or labels that do not fit ``task``.
+        ValueError: for an argument out of range, a file that is no such file, numbers that are not finite, labels that
+            do not fit ``task``, or so many columns that a dense batch would take more than 4 GiB.
         FileNotFoundError: says which file is missing and where to get it.
     """
 
@@ -80,6 +83,12 @@ class LibSVMDataModule(TensorDataModule):
     def setup(self, stage: str) -> None:
         """Read the files and hold examples out."""
         rows, labels, self.num_features = _read(self.train_file, self.num_features)
+        if 4 * self.batch_size * self.num_features > _LARGEST_BATCH:
+            raise ValueError(
+                f"{self.train_file} has {self.num_features} columns, and batches are dense: one of "
+                f"batch_size={self.batch_size} would take {4 * self.batch_size * self.num_features / 2**30:.0f} GiB, "
+                "and must take <= 4 GiB"
+            )
         classes = np.unique(labels)
         rows = rows._replace(y=self._targets(labels, classes))
         test_size = 0 if self.test_file else self.test_size
@@ -121,10 +130,12 @@ def _read(file: str, num_features: int | None) -> tuple[_SparseRows, np.ndarray,
             f"binary/ijcnn1.tr.bz2 or binary/rcv1_train.binary.bz2 from {_PAGE}, and pass its path "
             "(LIBSVM publishes no checksums, so nothing is downloaded unasked)."
         )
-    try:
-        matrix, labels = load_svmlight_file(str(path), n_features=num_features, dtype=np.float32)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not in LIBSVM's format, or has more columns than num_features: {error}") from error
+    kind = "in LIBSVM's format, or has more columns than num_features"
+    with reading(path, kind), open_unpacked(path) as unpacked:
+        matrix, labels = load_svmlight_file(unpacked, n_features=num_features, dtype=np.float32)
+    bad = np.searchsorted(matrix.indptr, np.flatnonzero(~np.isfinite(matrix.data)), side="right") - 1
+    if len(bad := np.union1d(bad, np.flatnonzero(~np.isfinite(labels)))):
+        raise ValueError(f"{path}: labels and values must be finite; they are not in example {bad[0] + 1}")
     lengths = torch.from_numpy(np.diff(matrix.indptr)).long()
     filled = torch.arange(int(lengths.max())) < lengths[:, None]
     columns, values = torch.zeros(filled.shape, dtype=torch.int64), torch.zeros(filled.shape)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lit_methods.batches import TokenBatch
+from lit_methods.datamodules.reading import check_unpacked_size, reading
 from lit_methods.datamodules.tensors import TensorDataModule, check_int
 
 Split = Literal["train", "validation", "test"]
@@ -217,11 +218,8 @@ def _stems(split: Split, task: _Task) -> tuple[str, ...]:
 
 def _read_tsv(path: Path, task: _Task) -> Rows:
     """Read one file; quotes mean nothing in GLUE, and lines that lack columns (QQP has some) are left out."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            header, *lines = [line.rstrip("\r\n").split("\t") for line in file if line.strip()] or [[]]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged or not a text file: {error}") from error
+    with reading(path, "a text file"), path.open(encoding="utf-8-sig", newline="\n") as file:
+        header, *lines = [line.rstrip("\r\n").split("\t") for line in file if line.strip()] or [[]]
     if task.name == "cola" and "sentence" not in header and len(header) == len(_COLA_WITHOUT_HEADER):
         header, lines = _COLA_WITHOUT_HEADER, [header, *lines]
     names = next((names for names in (task.columns, task.tsv_columns) if set(names) <= set(header)), None)
@@ -245,13 +243,14 @@ def _read_tsv(path: Path, task: _Task) -> Rows:
 
 def _read_parquet(path: Path, task: _Task) -> Rows:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f'{path} needs pyarrow: pip install "lit-methods[llm]"') from error
-    try:
+    with reading(path, "a Parquet file"):
+        metadata = parquet.read_metadata(path)
+        groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+        check_unpacked_size(path, path.stat().st_size, max(sum(groups), 8 * metadata.num_rows))
         table = parquet.read_table(path).to_pydict()
-    except (ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a Parquet file: {error}") from error
     return _parse_table(table, task, str(path))
 
 

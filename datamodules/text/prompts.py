@@ -1,5 +1,7 @@
 """Prompts for language models from JSONL, Parquet or text files, from a list, or from the hub."""
 
+import csv
+import io
 import json
 import warnings
 from collections.abc import Sequence
@@ -16,25 +18,29 @@ from lit_methods.batches import Prompt, PromptBatch
 from lit_methods.datamodules.tensors import ShuffledSampler, UnrepeatedSampler, check_int
 
 Row = tuple[Prompt, str, int]
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
 
 class PromptDataModule(LightningDataModule):
     """Batches of prompts, and of wanted responses where there are any; see :class:`~lit_methods.batches.PromptBatch`.
 
     A row is a text, or a mapping with the column ``prompt`` (a text, or a list of chat messages) or ``messages`` (a
-    conversation: its last assistant turn becomes the response), and optionally ``response``. Prompts are disjoint
-    between ranks, and a resumed run continues at the very next prompt (set ``trainer.use_distributed_sampler: false``).
+    conversation: its last assistant turn becomes the response), and optionally ``response``. A message has a ``role``
+    and a ``content``: a text, or a list of text parts, which are joined. Its further fields, such as ``tool_calls``, go
+    to the chat template as they are. Prompts are disjoint between ranks, and a resumed run continues at the very next
+    prompt (set ``trainer.use_distributed_sampler: false`` and add
+    :class:`~lit_methods.callbacks.ExactResume`).
 
     Args:
-        train: a ``.jsonl``, ``.json``, ``.parquet`` or ``.txt`` file (one prompt a line), a list of rows, or the name
-            of a data set on the hub.
+        train: a ``.jsonl``, ``.json`` (a list of rows), ``.parquet``, ``.csv`` (with a header) or ``.txt`` file (one
+            prompt a line), a list of rows, or the name of a data set on the hub.
         val: the same for held-out prompts; ``None`` holds out ``val_size`` rows of ``train``.
         val_size: held-out rows when ``val`` is ``None``; 0 for no validation.
         chat: turn text prompts into chat messages of one user turn.
-        system: system message put in front of every chat prompt.
+        system: system message put in front of every chat prompt that does not begin with one of its own.
         prompt_column: name of the prompt's column.
-        response_column: name of the response's column.
+        response_column: name of the response's column; ``None`` to ignore responses. Where some rows have one, all
+            must.
         split: split of a hub data set that ``train`` reads.
         val_split: split of a hub data set that ``val`` reads.
         batch_size: prompts per training batch and rank.
@@ -43,7 +49,7 @@ class PromptDataModule(LightningDataModule):
         seed: seed of the held-out rows and of the order.
 
     Raises:
-        ValueError: for an argument outside its range, empty data, empty prompts, or rows of unknown form.
+        ValueError: for an argument outside its range, empty data, or a row that is not understood; names file and row.
         FileNotFoundError: if a file is missing.
     """
 
@@ -55,7 +61,7 @@ class PromptDataModule(LightningDataModule):
         chat: bool = False,
         system: str | None = None,
         prompt_column: str = "prompt",
-        response_column: str = "response",
+        response_column: str | None = "response",
         split: str = "train",
         val_split: str = "test",
         batch_size: int = 8,
@@ -85,7 +91,7 @@ class PromptDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Download hub data sets; files are left where they are."""
         for source, split in ((self.train, self.split), (self.val, self.val_split)):
-            if isinstance(source, str) and not source.endswith(SUFFIXES):
+            if isinstance(source, str) and not _is_file(source):
                 _load_hub(source, split)
 
     def setup(self, stage: str) -> None:
@@ -174,38 +180,58 @@ class PromptDataModule(LightningDataModule):
 
     def _read(self, source: str | list[Any], split: str) -> list[Row]:
         if isinstance(source, str):
-            raw = _read_file(Path(source)) if source.endswith(SUFFIXES) else _load_hub(source, split)
+            name, raw = source, _read_file(Path(source)) if _is_file(source) else _load_hub(source, split)
         else:
-            raw = source
+            name, raw = "the list of prompts", source
+        if isinstance(raw, (dict, str)) or not hasattr(raw, "__len__"):
+            raise ValueError(f"{name} must hold a list of rows, got {_kind(raw)}")
         if not len(raw):
-            raise ValueError(f"{source!r} holds no prompts")
-        return [(*self._parse(row, index), index) for index, row in enumerate(raw)]
+            raise ValueError(f"{name} holds no prompts")
+        rows = []
+        for index, row in enumerate(raw):
+            try:
+                rows.append((*self._parse(row), index))
+            except ValueError as error:
+                raise ValueError(f"{name}, row {index} (the first is 0): {error}") from error
+        with_response = [index for _, response, index in rows if response]
+        if with_response and len(with_response) < len(rows):
+            without = next(index for _, response, index in rows if not response)
+            raise ValueError(
+                f"{name}, row {without} (the first is 0) has no response, but row {with_response[0]} has one: give all "
+                "rows a response, or none (response_column=None ignores them)"
+            )
+        return rows
 
-    def _parse(self, row: Any, index: int) -> tuple[Prompt, str]:
-        response = ""
+    def _parse(self, row: Any) -> tuple[Prompt, str]:
+        response: Any = None
         prompt: Any = row
         if isinstance(row, dict):
-            response = row.get(self.response_column) or ""
+            response = None if self.response_column is None else row.get(self.response_column)
             prompt = row.get(self.prompt_column, row.get("messages"))
             if prompt is None:
                 raise ValueError(
-                    f"row {index} has columns {sorted(row)} but neither {self.prompt_column!r} nor 'messages'; "
+                    f"it has columns {sorted(map(str, row))} but no value under {self.prompt_column!r} or 'messages'; "
                     "set prompt_column"
                 )
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-            turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in prompt]
+        if response is not None and not isinstance(response, str):
+            raise ValueError(f"a response must be a text, got {_kind(response)}")
+        if isinstance(prompt, list | tuple):
+            turns = [_message(turn) for turn in prompt]
             if turns and turns[-1]["role"] == "assistant":
-                response = response or turns[-1]["content"]
+                if self.response_column is not None:
+                    response = response or turns[-1]["content"]
                 turns = turns[:-1]
-            if not turns or not turns[-1]["content"].strip():
-                raise ValueError(f"row {index} has an empty prompt")
-            return turns, response
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"row {index} has an empty prompt: {row!r:.80}")
-        if not self.chat:
-            return prompt, response
-        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*turns, {"role": "user", "content": prompt}], response
+        elif isinstance(prompt, str):
+            turns = [{"role": "user", "content": prompt}]
+        else:
+            raise ValueError(f"a prompt must be a text or a list of messages, got {_kind(prompt)}")
+        if not turns or not (turns[-1]["content"].strip() or turns[-1].get("tool_calls")):
+            raise ValueError("it has an empty prompt")
+        if isinstance(prompt, str) and not self.chat:
+            return prompt, response or ""
+        if self.system is not None and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": self.system}, *turns]
+        return turns, response or ""
 
 
 class _Rows(Dataset[Row]):
@@ -225,20 +251,88 @@ def collate_prompts(rows: list[Row]) -> PromptBatch:
     return PromptBatch(list(prompts), list(responses) if any(responses) else [], torch.tensor(index))
 
 
-def _read_file(path: Path) -> Sequence[Any]:
+def _message(turn: Any) -> dict[str, Any]:
+    """One chat message whose content is a text."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        raise ValueError(f"a message must be a mapping with a role and a content, got {turn!r:.80}")
+    content = turn.get("content")
+    if content is None and turn.get("tool_calls"):
+        content = ""
+    if isinstance(content, list):
+        others = [part for part in content if not isinstance(part, dict) or not isinstance(part.get("text"), str)]
+        if others:
+            raise ValueError(f"the content of a message may have parts of text only, got {others[0]!r:.80}")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"the content of a message must be a text or a list of text parts, got {_kind(content)}")
+    return {**turn, "content": content}
+
+
+def _kind(value: Any) -> str:
+    """What something is, for messages."""
+    keys = f" with the keys {sorted(map(str, value))[:5]}" if isinstance(value, dict) else ""
+    return f"{type(value).__name__}{keys or f' {value!r:.60}'}"
+
+
+def _is_file(source: str) -> bool:
+    """Whether a source is a file of prompts rather than a data set on the hub.
+
+    Raises:
+        ValueError: for an existing file of unknown form.
+    """
+    if source.lower().endswith(SUFFIXES):
+        return True
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} must be a file that ends in one of {', '.join(SUFFIXES)}, got {Path(source).suffix!r}"
+        )
+    return False
+
+
+def _read_file(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: give a .jsonl, .json, .parquet or .txt file of prompts")
-    if path.suffix == ".parquet":
+        raise FileNotFoundError(f"no file {path}: give one of prompts that ends in {', '.join(SUFFIXES)}")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         try:
             from pyarrow import parquet
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("Parquet files need pyarrow: pip install pyarrow") from error
-        return parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
+        try:
+            return parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:  # what pyarrow raises is both or either
+            raise ValueError(f"{path} is no readable Parquet file: {error}") from error
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not encoded in UTF-8: {error}") from error
+    if suffix == ".csv":
+        return _read_csv(path, text)
+    if suffix == ".json":
+        return _parse_json(text, str(path))
+    # Not splitlines(): it also breaks at U+2028 and its kin, which may stand within a line of JSON or of text.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if suffix == ".txt":
+        return [line for _, line in lines]
+    return [_parse_json(line, f"{path}, line {number}") for number, line in lines]
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
         return json.loads(text)
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+
+
+def _read_csv(path: Path, text: str) -> list[dict[str, str]]:
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
+    for index, row in enumerate(rows):
+        if None in row or None in row.values():  # what DictReader makes of too many and of too few cells
+            raise ValueError(f"{path}, row {index} (the first is 0) must have as many cells as the header, got {row}")
+    return rows
 
 
 def _load_hub(name: str, split: str) -> Sequence[Any]:

@@ -4,24 +4,20 @@ A judge is any callable with the signature of :class:`PairwiseJudge`. Preference
 be intransitive. :func:`query_judge` is how trainers call one; it settles ties of equal texts and checks the answer.
 """
 
-import hashlib
-import json
+import inspect
 import math
 import os
-import time
-import urllib.error
-import urllib.request
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from string import Formatter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lit_methods.batches import Prompt
-from lit_methods.llm.language_model import PreTrainedModel, render_prompt
+from lit_methods.llm.language_model import PreTrainedModel, load_any_tokenizer, render_prompt
+from lit_methods.llm.loading import adapter_base, from_pretrained
 from lit_methods.llm.logprobs import position_ids
 
 
@@ -53,15 +49,27 @@ def query_judge(
         probabilities that ``a`` is preferred, ``(pairs,)``, float32, on the CPU.
 
     Raises:
-        ValueError: if the judge returns another number of values, NaN, or values outside ``[0, 1]``.
+        ValueError: if the judge returns nothing, another number of values, NaN, or values outside ``[0, 1]``. What the
+            judge itself raises gets a note that names it.
     """
     preference = torch.full((len(a),), 0.5)
     asked = [index for index, (first, second) in enumerate(zip(a, b, strict=True)) if first != second]
     if not asked:
         return preference
-    name = type(judge).__name__
-    answer = judge([prompts[i] for i in asked], [a[i] for i in asked], [b[i] for i in asked])
-    answer = torch.as_tensor(answer, dtype=torch.float32).detach().cpu()
+    name = judge_name(judge)
+    try:
+        answer = judge([prompts[i] for i in asked], [a[i] for i in asked], [b[i] for i in asked])
+    except Exception as error:
+        error.add_note(
+            f"raised by {name}, asked about {len(asked)} pairs, first {a[asked[0]]!r} against {b[asked[0]]!r}"
+        )
+        raise
+    try:
+        answer = torch.as_tensor(answer, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} returned {answer!r:.200} for {len(asked)} pairs; return one probability per pair"
+        ) from error
     if answer.shape != (len(asked),):
         raise ValueError(
             f"{name} returned shape {tuple(answer.shape)} for {len(asked)} pairs; return one value per pair"
@@ -77,6 +85,32 @@ def query_judge(
     return preference
 
 
+def judge_name(judge: object) -> str:
+    """What a user calls a judge: the name of a function, or of the class of anything else."""
+    return getattr(judge, "__qualname__", None) or type(judge).__qualname__
+
+
+def _numbers(function: Callable[..., Any], questions: Iterable[tuple[Any, ...]]) -> Tensor:
+    """What a user's function says about each question, ``(questions,)``.
+
+    Raises:
+        ValueError: for an answer that is no number; names the function and the texts.
+    """
+    values = []
+    for prompt, *texts in questions:
+        about = f"{judge_name(function)} for {' against '.join(map(repr, texts))}"
+        try:
+            value = function(prompt, *texts)
+        except Exception as error:
+            error.add_note(f"raised by {about}")
+            raise
+        try:
+            values.append(float(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a number must be returned by {about}, got {value!r:.200}") from error
+    return torch.tensor(values)
+
+
 class FunctionJudge:
     """A judge from a function of one pair.
 
@@ -89,7 +123,7 @@ class FunctionJudge:
 
     def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
         """See :class:`PairwiseJudge`."""
-        return torch.tensor([float(self.function(*pair)) for pair in zip(prompts, a, b, strict=True)])
+        return _numbers(self.function, zip(prompts, a, b, strict=True))
 
 
 class ScoreJudge:
@@ -108,20 +142,17 @@ class ScoreJudge:
 
     def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
         """See :class:`PairwiseJudge`."""
-        first, second = (
-            torch.tensor([float(self.score(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)])
-            for texts in (a, b)
-        )
+        first, second = (_numbers(self.score, zip(prompts, texts, strict=True)) for texts in (a, b))
         return torch.sigmoid(self.scale * (first - second))
 
 
 class RewardModelJudge:
     """Bradley-Terry preferences of a reward model: ``sigmoid((r_a - r_b) / temperature)``.
 
-    Every (prompt, response) is scored once per call, however many pairs it is in.
+    Every (prompt, response) is scored once per call, however many pairs it is in; decoders are read at the last token.
 
     Args:
-        model: folder or hub id of a sequence classifier with one output, or the model.
+        model: folder or hub id of a sequence classifier with one output, or of an adapter of one, or the model.
         tokenizer: its tokenizer; default: that of ``model``.
         temperature: divides the difference of rewards, positive.
         batch_size: responses per forward pass.
@@ -182,9 +213,11 @@ class PairwiseModelJudge:
     ``(P(a, b) + 1 - P(b, a)) / 2``, which makes ``P(a, b) + P(b, a) = 1`` exact.
 
     Args:
-        model: folder or hub id, or the model; a classifier if its configuration says ``ForSequenceClassification``.
+        model: folder or hub id of a model or adapter, or the model; a classifier if its configuration says
+            ``ForSequenceClassification``.
         tokenizer: its tokenizer; default: that of ``model``.
-        template: text with the fields ``{prompt}``, ``{a}`` and ``{b}``; goes through the chat template, if any.
+        template: text with the fields ``{prompt}``, ``{a}`` and ``{b}``, where other braces are written twice (``{{``
+            and ``}}``); goes through the chat template, if any.
         answers: the two words a causal model chooses from: first better, second better.
         batch_size: texts per forward pass.
         max_length: longer texts lose their beginning; ``None`` for no limit.
@@ -201,9 +234,7 @@ class PairwiseModelJudge:
         max_length: int | None = 4096,
         device: str | None = None,
     ) -> None:
-        for field in ("{prompt}", "{a}", "{b}"):
-            if field not in template:
-                raise ValueError(f"template must contain {field}, got {template!r}")
+        _check_template(template)
         self.model, self.tokenizer = _load_judge(model, tokenizer, device)
         self.classifier = "ForSequenceClassification" in type(self.model).__name__
         self.template = template
@@ -261,121 +292,39 @@ class EnsembleJudge:
         return torch.stack(opinions).sum(0).clamp(0.0, 1.0)
 
 
-class HTTPJudge:
-    """A judge behind a URL.
-
-    Sends ``POST`` requests with ``{"prompts": [...], "a": [...], "b": [...]}`` as JSON and expects
-    ``{"preferences": [...]}``, one probability per pair. Failed connections, time-outs, answers that are no JSON and
-    the statuses 408, 429 and 5xx are tried again with growing pauses; other statuses are errors at once. Answers are
-    remembered by prompt and texts.
-
-    Args:
-        url: where to send requests, ``http`` or ``https``.
-        headers: further request headers, such as an authorisation.
-        timeout: seconds to wait for an answer, positive.
-        retries: further attempts after the first, 0 or more.
-        backoff: seconds before the second attempt; doubles each time.
-        batch_size: pairs per request.
-        concurrency: requests under way at a time, 1 or more.
-        cache_size: answers remembered; 0 for none.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        headers: dict[str, str] | None = None,
-        timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 1.0,
-        batch_size: int = 64,
-        concurrency: int = 4,
-        cache_size: int = 100_000,
-    ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url must start with http:// or https://, got {url!r}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be positive, got {timeout}")
-        if retries < 0 or backoff < 0 or cache_size < 0 or batch_size < 1 or concurrency < 1:
-            raise ValueError(
-                "retries, backoff and cache_size must be 0 or more, batch_size and concurrency 1 or more, got "
-                f"{retries}, {backoff}, {cache_size}, {batch_size} and {concurrency}"
-            )
-        self.url = url
-        self.headers = {"Content-Type": "application/json", **(headers or {})}
-        self.timeout = timeout
-        self.retries = retries
-        self.backoff = backoff
-        self.batch_size = batch_size
-        self.concurrency = concurrency
-        self.cache_size = cache_size
-        self._cache: OrderedDict[str, float] = OrderedDict()
-
-    def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
-        """See :class:`PairwiseJudge`.
-
-        Raises:
-            RuntimeError: if the server keeps failing; names the URL, the attempts and the last error.
-            ValueError: if its answer has no ``preferences``, or another number of them.
-        """
-        pairs = list(zip(prompts, a, b, strict=True))
-        keys = [hashlib.sha256(json.dumps(pair).encode()).hexdigest() for pair in pairs]
-        answers = {key: self._cache[key] for key in keys if key in self._cache}
-        missing = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in answers}.items())
-        parts = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            values = pool.map(self._ask, [[pair for _, pair in part] for part in parts])
-            for (key, _), value in zip(chain(*parts), chain.from_iterable(values), strict=True):
-                answers[key] = value
-        for key, value in answers.items():
-            if 0.0 <= value <= 1.0:  # what query_judge is going to refuse is not remembered
-                self._cache[key] = value
-                self._cache.move_to_end(key)
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
-        return torch.tensor([answers[key] for key in keys])
-
-    def _ask(self, pairs: list[tuple[Prompt, str, str]]) -> list[float]:
-        prompts, a, b = zip(*pairs, strict=True)
-        body = json.dumps({"prompts": prompts, "a": a, "b": b}).encode()
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
-            request = urllib.request.Request(self.url, data=body, headers=self.headers)
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    answer = json.load(response)
-                break
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} {error.reason}"
-                if error.code < 500 and error.code not in (408, 429):
-                    raise RuntimeError(f"judge at {self.url} refused the request: {problem}") from error
-            except (OSError, json.JSONDecodeError) as error:  # URLError and time-outs are OSErrors
-                problem = f"{type(error).__name__}: {error}"
-        else:
-            raise RuntimeError(f"judge at {self.url} failed {self.retries + 1} times; last: {problem}")
-        values = answer.get("preferences") if isinstance(answer, dict) else None
-        if not isinstance(values, list) or len(values) != len(pairs):
-            raise ValueError(
-                f'judge at {self.url} must answer {{"preferences": [{len(pairs)} numbers]}}, got {answer!r:.200}'
-            )
-        return [float("nan") if value is None else float(value) for value in values]
+def _check_template(template: str) -> None:
+    cure = "write braces that are no field twice, as {{ and }}"
+    try:
+        fields = {part[1:] for part in Formatter().parse(template) if part[1] is not None}
+    except ValueError as error:
+        raise ValueError(f"template must have the fields {{prompt}}, {{a}} and {{b}}: {error}; {cure}") from error
+    plain = {(name, "", None) for name in ("prompt", "a", "b")}
+    if missing := sorted(plain - fields):
+        raise ValueError(f"template must contain {{{missing[0][0]}}}, got {template!r}")
+    if unknown := sorted(str(name) for name, *_ in fields - plain):
+        raise ValueError(f"template must have no fields but {{prompt}}, {{a}} and {{b}}, got {unknown}; {cure}")
 
 
 def _load_judge(model: str | PreTrainedModel, tokenizer: Any, device: str | None) -> tuple[PreTrainedModel, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if tokenizer is None:
         if not isinstance(model, str):
             raise ValueError("tokenizer must be given along with a model object")
         tokenizer = model
     if isinstance(model, str):
-        names = AutoConfig.from_pretrained(model).architectures or []
+        base = adapter_base(model)
+        names = AutoConfig.from_pretrained(base or model).architectures or []
         classifier = any("ForSequenceClassification" in name for name in names)
-        model = (AutoModelForSequenceClassification if classifier else AutoModelForCausalLM).from_pretrained(model)
+        if base is not None:
+            from peft import PeftConfig
+
+            classifier |= PeftConfig.from_pretrained(model).task_type == "SEQ_CLS"
+        model = from_pretrained(AutoModelForSequenceClassification if classifier else AutoModelForCausalLM, model)
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    return model.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[arg-type]
+        tokenizer = load_any_tokenizer(tokenizer)
+    return model.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[union-attr, arg-type]
 
 
 def _conversation(tokenizer: Any, prompt: Prompt, response: str) -> str:
@@ -401,10 +350,10 @@ def _forward(
     rows = [row if max_length is None else row[-max_length:] for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # classifiers read a fixed or the last real position, and want their padding on the right
-    classifier = "ForSequenceClassification" in type(model).__name__
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad
+    accepted = inspect.signature(model.forward).parameters
+    # Encoders read a fixed position and want their padding on the right. Decoders read the last one: padded on the
+    # left, it is the last real token, whichever token pads.
+    encoder = "ForSequenceClassification" in type(model).__name__ and "past_key_values" not in accepted
     outputs: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -412,11 +361,28 @@ def _forward(
         ids = torch.full((len(chosen), length), pad)
         mask = torch.zeros_like(ids)
         for line, index in enumerate(chosen):
-            place = slice(0, len(rows[index])) if classifier else slice(length - len(rows[index]), length)
+            place = slice(0, len(rows[index])) if encoder else slice(length - len(rows[index]), length)
             ids[line, place] = torch.tensor(rows[index])
             mask[line, place] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
-        positions = {} if classifier else {"position_ids": position_ids(mask), "logits_to_keep": 1}
-        values = pick(model(input_ids=ids, attention_mask=mask, **positions)).float().cpu()
-        outputs.update(zip(chosen, values, strict=True))
+        options = {} if encoder else {"position_ids": position_ids(mask), "logits_to_keep": 1}
+        with _reading_the_last_position(model, encoder):
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                **{name: value for name, value in options.items() if name in accepted},
+            )
+        outputs.update(zip(chosen, pick(output).float().cpu(), strict=True))
     return torch.stack([outputs[index] for index in range(len(rows))])
+
+
+@contextmanager
+def _reading_the_last_position(model: PreTrainedModel, encoder: bool) -> Iterator[None]:
+    """Keep a decoder's classifier from looking for padding, for which it takes every token of that id."""
+    config = model.config.get_text_config()
+    own = config.pad_token_id
+    config.pad_token_id = own if encoder else -1
+    try:
+        yield
+    finally:
+        config.pad_token_id = own

@@ -1,6 +1,5 @@
-"""Loading a causal language model and its tokenizer, and scoring responses with it."""
+"""Scoring responses with a causal language model, and its tokenizer."""
 
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,12 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_methods.batches import Prompt
+from lit_methods.llm.loading import adapter_base
 from lit_methods.llm.logprobs import Head, chunked_logprobs, position_ids
 
 try:
     from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
         AutoTokenizer,
         PreTrainedModel,
         PreTrainedTokenizerBase,
@@ -51,8 +49,8 @@ class LanguageModel(nn.Module):
     A prompt is read once, and its key-value cache shared by its responses, also with gradients. Only the response
     positions go through the head, in chunks (:func:`chunked_logprobs`). At construction the result is compared with the
     model's own logits once; a model that does something unknown to its logits is scored through them instead, with a
-    warning, and one with another kind of cache reads every prompt again for every response. Dropout is set to zero:
-    sampling and scoring must see the same policy.
+    warning. One with another kind of cache, or under gradient checkpointing, reads every prompt again for every
+    response. Dropout is set to zero: sampling and scoring must see the same policy.
 
     Args:
         lm: a ``transformers`` causal language model, or a peft model around one.
@@ -66,7 +64,8 @@ class LanguageModel(nn.Module):
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.synchronised = False  # under FSDP every rank must take the same number of decoding steps
-        # gradient checkpointing, in training mode, switches key-value caches off
+        # Gradient checkpointing switches key-value caches off in training mode. Scoring never uses them then, in no
+        # mode, so that all players are scored by the same operations and their log-ratios hold no rounding.
         self.checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
         disable_dropout(lm)
         self.shares_prompts = False
@@ -123,7 +122,7 @@ class LanguageModel(nn.Module):
             ours, _ = chunked_logprobs(self._hidden(prompts, responses, prompt_of)[1], self.head(), responses[1])
             return torch.allclose(ours.float(), theirs, atol=tolerance)
 
-        self.shares_prompts = self._has_plain_cache()
+        self.shares_prompts = not self.checkpointing and self._has_plain_cache()
         agrees = agree()
         if not agrees and self.shares_prompts:
             self.shares_prompts = False
@@ -149,8 +148,7 @@ class LanguageModel(nn.Module):
         ids, mask = prompts
         inputs = responses[:, :-1]  # nothing follows the last token
         whole_mask = torch.cat([mask[prompt_of], torch.ones_like(inputs)], dim=1)
-        cached = self.shares_prompts and not (self.checkpointing and self.lm.training)
-        if not cached or len(ids) == len(responses):
+        if not self.shares_prompts or len(ids) == len(responses):
             whole = torch.cat([ids[prompt_of], inputs], dim=1)
             output = decoder(
                 input_ids=whole, attention_mask=whole_mask, position_ids=position_ids(whole_mask), use_cache=False
@@ -264,55 +262,6 @@ class LanguageModel(nn.Module):
         return output.logits[:, -1], output.past_key_values
 
 
-def load_causal_lm(
-    model: str | Mapping[str, Any] | PreTrainedModel,
-    *,
-    architecture: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-    attn_implementation: str | None = None,
-    load_in_4bit: bool = False,
-) -> PreTrainedModel:
-    """Load a causal language model, or build one with random weights.
-
-    Args:
-        model: a local folder (of a model or an adapter) or hub id; a mapping of configuration fields with
-            ``model_type`` (random weights); or a model, which is returned as it is.
-        architecture: what the configuration of a loaded model must say; checked before its weights are read.
-        dtype: storage type of the weights.
-        attn_implementation: ``"eager"``, ``"sdpa"``, ``"flash_attention_2"`` ...; ``None`` for transformers' choice.
-        load_in_4bit: NF4 weights with bfloat16 arithmetic by bitsandbytes (CUDA).
-
-    Raises:
-        ValueError: if the configuration differs from ``architecture``, or ``model_type`` is missing.
-    """
-    if isinstance(model, PreTrainedModel):
-        return model
-    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    torch_dtype = getattr(torch, dtype)
-    if isinstance(model, Mapping):
-        return AutoModelForCausalLM.from_config(build_config(model), dtype=torch_dtype, **options)
-    if architecture:
-        found = AutoConfig.from_pretrained(model).to_dict()
-        for key, expected in architecture.items():
-            if found.get(key) != expected:
-                raise ValueError(f"architecture says {key}={expected!r}, but {model} has {found.get(key)!r}")
-    if load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype, **options)
-
-
-def build_config(fields: Mapping[str, Any]) -> Any:
-    """A ``transformers`` configuration from its fields; ``model_type`` names the family."""
-    fields = dict(fields)
-    if "model_type" not in fields:
-        raise ValueError(f"model has no model_type among {sorted(fields)}; give the family, such as model_type: llama")
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
-
-
 def load_tokenizer(tokenizer: str | Mapping[str, Any] | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Load a tokenizer, or build one that knows a list of words.
 
@@ -326,10 +275,21 @@ def load_tokenizer(tokenizer: str | Mapping[str, Any] | PreTrainedTokenizerBase)
     if isinstance(tokenizer, Mapping):
         tokenizer = word_tokenizer(tokenizer["words"])
     elif isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokenizer = load_any_tokenizer(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no EOS token: responses could never end; set tokenizer.eos_token")
     return tokenizer
+
+
+def load_any_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; an adapter that was saved without one has that of its base."""
+    base = adapter_base(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        if base is None:
+            raise
+        return AutoTokenizer.from_pretrained(base)
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -417,37 +377,6 @@ def disable_dropout(lm: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, independent of their order and device."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def add_adapters(lm: nn.Module, lora: dict[str, Any], names: list[str]) -> nn.Module:
-    """A peft model with the trained adapter ``default`` and equal frozen ones; their log-ratios start at zero."""
-    try:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('LoRA needs peft: pip install "lit-methods[llm]"') from error
-    if getattr(lm, "is_loaded_in_4bit", False):
-        lm = prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False)
-    model = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **lora))
-    state = dict(model.named_parameters())
-    for name in names:
-        model.add_adapter(name, LoraConfig(task_type="CAUSAL_LM", **lora))
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            for name in names:
-                if f".{name}." in path and "lora_" in path:
-                    parameter.copy_(state[path.replace(f".{name}.", ".default.")]).requires_grad_(False)
-    model.set_adapter("default")
-    return model
-
-
 def encode_responses(
     tokenizer: PreTrainedTokenizerBase, responses: list[str], pad_token_id: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
@@ -457,28 +386,3 @@ def encode_responses(
     tokens = torch.tensor([row + [pad_token_id] * (length - len(row)) for row in rows])
     mask = torch.arange(length) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
     return tokens.to(device), mask.to(device)
-
-
-def leave_out(checkpoint: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Take weights that can be loaded again out of a checkpoint, which then holds their hash instead."""
-    checkpoint["base_weights_hash"] = weights_hash(weights) if weights else None
-    checkpoint["state_dict"] = {
-        name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in weights
-    }
-
-
-def complete(checkpoint: dict[str, Any], weights: Mapping[str, Tensor], source: object) -> None:
-    """Put weights back that :func:`leave_out` took out.
-
-    Raises:
-        ValueError: if they are not the same weights.
-    """
-    expected = checkpoint["base_weights_hash"]
-    if expected is None:
-        return
-    if weights_hash(weights) != expected:
-        raise ValueError(
-            f"the checkpoint leaves out base weights, and those of model={source!r} are not the ones it was trained "
-            "on; give the same model"
-        )
-    checkpoint["state_dict"] = {**weights, **checkpoint["state_dict"]}

@@ -1,9 +1,10 @@
 """Drawing responses: a decoding loop that shares the prompt among samples, and an optional vLLM back end."""
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,35 +20,48 @@ Player = Callable[[], AbstractContextManager[LanguageModel]]
 
 @dataclass(frozen=True)
 class Generation:
-    """How responses are drawn.
+    """How responses are drawn, and when they count as finished.
 
     Attributes:
-        max_new_tokens: longest response, at least 1.
-        eos_token_ids: tokens that end a response.
-        pad_token_id: what follows the end.
-        temperature: logits are divided by it; 1 is the policy itself.
-        top_k: draw among this many most likely tokens; 0 for all.
-        top_p: draw among the most likely tokens that hold this much probability, in ``(0, 1]``.
+        max_new_tokens: longest response, 1 or more.
+        temperature: logits are divided by it, positive; the policy that is trained is the tempered one.
+        top_k: draw among this many most likely tokens; 0 for all. Anything else biases the gradient.
+        top_p: draw among the most likely tokens that hold this much probability, in (0, 1]. Less than 1 biases the
+            gradient.
+        eos_token_ids: tokens that end a response; empty for the tokenizer's, the generation config's and the one that
+            closes an assistant turn in the chat template.
+        pad_token_id: what follows the end; modules put their tokenizer's here.
+        max_prompt_length: longer prompts lose their beginning; ``None`` for no limit.
+        missing_eos_loses: an unfinished response loses against a finished one and ties with an unfinished one.
+        seed: seed of the responses, 0 or more.
+
+    Raises:
+        ValueError: for a value outside its range.
     """
 
-    max_new_tokens: int
-    eos_token_ids: list[int]
-    pad_token_id: int
+    max_new_tokens: int = 64
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    eos_token_ids: list[int] = field(default_factory=list)
+    pad_token_id: int = 0
+    max_prompt_length: int | None = None
+    missing_eos_loses: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be 1 or more")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
+            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be 0 (off) or more")
+            raise ValueError(f"top_k must be >= 0, where 0 is off, got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
-        if not self.eos_token_ids:
-            raise ValueError("eos_token_ids is empty: responses could never end")
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length must be >= 1, got {self.max_prompt_length}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
 
 
 class Sampler(Protocol):

@@ -152,7 +152,7 @@ def run_online(
     Args:
         optimizer: builds the learner from ``[point]``; it must not need a closure.
         rounds: every tensor with a leading dimension T, e.g. ``SEADataModule(...).stream()``.
-        loss: as in :class:`OnlineLearning`.
+        loss: "linear", "quadratic", "least_squares", "logistic", "hinge" or "abs".
         start: the first point, ``(dim,)``; default 0.
     """
     point = nn.Parameter(torch.zeros_like(rounds.features[0, 0]) if start is None else start.clone())

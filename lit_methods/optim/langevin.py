@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lit_methods.optim.foundation.groups import check_gradients, check_nonnegative
+from lit_methods.optim.foundation.groups import check_gradients, check_nonnegative, check_own_state
 
 __all__ = ["AnnealedLangevin"]
 
@@ -59,6 +59,11 @@ class AnnealedLangevin(Optimizer):
             torch._foreach_add_(moving, [p.grad for p in moving if p.grad is not None], alpha=-group["lr"])
             torch._foreach_add_(moving, noise)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state."""
+        check_own_state(self, state_dict, {"step"})
+        super().load_state_dict(state_dict)
 
 
 def _normal(like: list[Tensor], seed: int) -> list[Tensor]:

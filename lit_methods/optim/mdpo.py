@@ -28,6 +28,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
+from lit_methods.optim.foundation.closures import RepeatedClosure
 from lit_methods.optim.foundation.groups import check_own_state
 
 __all__ = ["MDPO", "MDPOStepSize"]
@@ -138,7 +139,6 @@ class MDPO(Adam):
             "anchor": anchor,
             "anchor_interval": anchor_interval,
             "max_grad_norm": max_grad_norm,
-            "outer_steps": 0,
         }
         self.defaults |= ours
         for group in self.param_groups:
@@ -146,6 +146,11 @@ class MDPO(Adam):
                 if group.setdefault(key, value) != value:
                     raise ValueError(f"{key} is shared by all parameter groups, got {group[key]!r} for one of them")
         self._run = _Run()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.gradients_cleared = True
+        super().zero_grad(set_to_none)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -168,7 +173,7 @@ class MDPO(Adam):
             The closure's first loss, the one at the anchor.
         """
         shared = self.param_groups[0]
-        if shared["anchor"] == "parameters" and shared["outer_steps"] % (shared["anchor_interval"] or 1) == 0:
+        if shared["anchor"] == "parameters" and self._outer_steps() % (shared["anchor_interval"] or 1) == 0:
             self.refresh_anchor()
         if closure is None:
             if any(group["lr"] != 0 for group in self.param_groups):
@@ -178,12 +183,11 @@ class MDPO(Adam):
                 )
             _adam_step(self)  # what torch.distributed.checkpoint does to create the state
             return None
-        first, run = None, self._run
+        first, run, evaluate = None, self._run, RepeatedClosure(self, closure)
         try:
             for run.inner_step in range(shared["inner_steps"]):
                 run.calls = 0
-                with torch.enable_grad():
-                    loss = closure()
+                loss = evaluate()
                 if run.inner_step == 0:
                     first = loss.detach() if isinstance(loss, Tensor) else loss
                 if loss is not None and not torch.as_tensor(loss).isfinite():
@@ -194,9 +198,14 @@ class MDPO(Adam):
                 _adam_step(self)
         finally:
             run.anchors, run.inner_step = [], None
-        for group in self.param_groups:
-            group["outer_steps"] += 1
+        outer_steps = self._outer_steps() + 1
+        for p in self.state:
+            if "exp_avg" in self.state[p]:  # Adam takes any other state for its own
+                self.state[p]["outer_steps"] = outer_steps
         return first
+
+    def _outer_steps(self) -> int:
+        return max((state.get("outer_steps", 0) for state in self.state.values()), default=0)
 
     def proximity(
         self, policy: Distribution | Tensor, mask: Tensor | None = None, anchor: Distribution | Tensor | None = None
@@ -243,6 +252,11 @@ class MDPO(Adam):
                 f"the policy has parameters of shapes {shapes}, its anchor {expected}: all inner steps must see the "
                 "same batch (for mini-batches use anchor='parameters')"
             )
+        if mask is not None:
+            batch = shapes[0][: len(shapes[0]) - event_dims - (family not in (Normal, Bernoulli))]
+            if tuple(mask.shape) != batch:
+                raise ValueError(f"mask must have the shape of the batch, {batch}, got {tuple(mask.shape)}")
+            parameters, anchor_parameters = _masked(parameters, mask), _masked(anchor_parameters, mask)
         values = _bregman(family, parameters, anchor_parameters, shared["q"])
         values = values.sum(tuple(range(-event_dims, 0))) if event_dims else values
         divergence = values.mean() if mask is None else (values * mask).sum() / mask.sum().clamp(min=1)
@@ -255,7 +269,7 @@ class MDPO(Adam):
         Raises:
             ValueError: the state is another optimizer's.
         """
-        check_own_state(self, state_dict, {"step", "exp_avg", "exp_avg_sq", "anchor"})
+        check_own_state(self, state_dict, {"step", "exp_avg", "exp_avg_sq", "anchor", "outer_steps"})
         super().load_state_dict(state_dict)
 
     def anchor_parameters(self, module: nn.Module) -> dict[str, Tensor]:
@@ -286,8 +300,6 @@ class MDPO(Adam):
             if key in self.defaults and param_group.get(key, self.defaults[key]) != self.defaults[key]:
                 raise ValueError(f"{key} is shared by all parameter groups, got {param_group[key]!r} for one of them")
         super().add_param_group(param_group)
-        if "outer_steps" in self.defaults:
-            self.param_groups[-1]["outer_steps"] = self.param_groups[0]["outer_steps"]
 
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Adam takes any entry in a parameter's state for its own: keep the anchor away from it."""
@@ -391,6 +403,11 @@ def _parse(policy: Distribution | Tensor) -> tuple[type[Distribution], tuple[Ten
         f"policy must be {names_}, one of them within Independent or TransformedDistribution, or a tensor of logits, "
         f"got {type(policy).__name__}"
     )
+
+
+def _masked(parameters: tuple[Tensor, ...], mask: Tensor) -> tuple[Tensor, ...]:
+    """1 in place of what the mask drops, which may be NaN and would still be so after a product with 0."""
+    return tuple(torch.where(mask.bool().view(*mask.shape, *[1] * (p.ndim - mask.ndim)), p, 1.0) for p in parameters)
 
 
 def _widen(x: Tensor) -> Tensor:

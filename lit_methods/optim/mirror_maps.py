@@ -4,6 +4,7 @@ A map holds a point ``x`` as its mirror coordinates ``y = grad psi(x)``, in whic
 is ``y = y' - g``. What it can be constrained to exactly is in ``exact``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,30 +18,53 @@ __all__ = ["DiagonalAdaGrad", "Entropy", "Euclidean", "Hypentropy", "PNorm", "Un
 SMALLEST_PROBABILITY = 1e-30
 
 
-class Euclidean:
-    """``psi = ||x||^2 / 2``: gradient steps. Exact with every set and with your own projections."""
+class MirrorMap(ABC):
+    """A geometry; abstract.
 
-    exact: tuple[type, ...] = (Box, Ball, Simplex, L1Ball)
+    Attributes:
+        exact: the sets onto which the map has an exact projection.
+        positive: whether points must be positive.
+    """
+
+    exact: tuple[type, ...]
     positive = False
 
+    @abstractmethod
     def coordinates(self, x: Tensor) -> Tensor:
-        """The point itself."""
-        return x.clone()
+        """Mirror coordinates of a point."""
+
+    @abstractmethod
+    def point(self, y: Tensor) -> Tensor:
+        """The point with coordinates ``y``."""
+
+    @abstractmethod
+    def dual_square(self, g: Tensor) -> Tensor:
+        """Square of the dual norm in which gradient variation is measured."""
 
     def move(self, y: Tensor, g: Tensor) -> Tensor:
         """Coordinates after a step along ``-g``."""
         return y - g
 
+
+class Euclidean(MirrorMap):
+    """``psi = ||x||^2 / 2``: gradient steps. Exact with every set and with your own projections."""
+
+    exact = (Box, Ball, Simplex, L1Ball)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """The point itself."""
+        return x.clone()
+
     def point(self, y: Tensor) -> Tensor:
-        """The point with coordinates ``y``."""
+        """The point itself."""
         return y
 
     def dual_square(self, g: Tensor) -> Tensor:
-        """Square of the dual norm in which gradient variation is measured."""
+        """Square of the Euclidean norm."""
         return g.square().sum()
 
 
-class Entropy(Euclidean):
+class Entropy(MirrorMap):
     """``psi = sum x log x`` on rows along ``dim`` that sum to 1: multiplicative weights (OMWU, with optimism).
 
     Coordinates are log-probabilities, so no probability underflows; zeros of the starting point become 1e-30. The dual
@@ -78,7 +102,7 @@ class Entropy(Euclidean):
         return g.abs().amax(self.dim).square().sum()
 
 
-class UnnormalizedEntropy(Euclidean):
+class UnnormalizedEntropy(MirrorMap):
     """``psi = sum x log x - x`` on positive ``x``: exponentiated gradient without normalisation."""
 
     exact = (Box,)
@@ -97,7 +121,7 @@ class UnnormalizedEntropy(Euclidean):
         return g.abs().amax().square()
 
 
-class PNorm(Euclidean):
+class PNorm(MirrorMap):
     """``psi = ||x||_p^2 / 2`` over each whole tensor, ``p - 1`` strongly convex in the p-norm.
 
     Args:
@@ -128,7 +152,7 @@ class PNorm(Euclidean):
         return torch.linalg.vector_norm(g, self.q).square()
 
 
-class Hypentropy(Euclidean):
+class Hypentropy(MirrorMap):
     """``psi = sum x asinh(x / b) - sqrt(x^2 + b^2)``: between Euclidean (large b) and signed multiplicative (small b).
 
     Ghai, Hazan, Singer, "Exponentiated Gradient Meets Gradient Descent", ALT 2020.
@@ -155,8 +179,12 @@ class Hypentropy(Euclidean):
         """``b sinh(y)``."""
         return y.sinh() * self.b
 
+    def dual_square(self, g: Tensor) -> Tensor:
+        """Square of the Euclidean norm."""
+        return g.square().sum()
 
-class DiagonalAdaGrad(Euclidean):
+
+class DiagonalAdaGrad(MirrorMap):
     """``psi_t = sum_i h_i x_i^2 / 2`` with ``h = epsilon + sqrt(sum of (g - M)^2)`` per entry.
 
     The optimizer keeps the sums. They exclude the present gradient, as the analysis wants, except that an entry whose
@@ -177,8 +205,24 @@ class DiagonalAdaGrad(Euclidean):
             raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
         self.epsilon = epsilon
 
+    def coordinates(self, x: Tensor) -> Tensor:
+        """The point itself."""
+        return x.clone()
 
-MirrorMap = Euclidean | Entropy | UnnormalizedEntropy | PNorm | Hypentropy | DiagonalAdaGrad
+    def point(self, y: Tensor) -> Tensor:
+        """The point itself."""
+        return y
+
+    def dual_square(self, g: Tensor) -> Tensor:
+        """Square of the Euclidean norm."""
+        return g.square().sum()
+
+    def metric(self, squares: Tensor, gradient: Tensor) -> Tensor:
+        """``h`` from the sums of squares and the present gradient; 1 where it would be 0."""
+        metric = torch.where(squares > 0, squares.sqrt(), gradient.abs()) + self.epsilon
+        return torch.where(metric > 0, metric, 1.0)
+
+
 MirrorName = Literal["euclidean", "entropy", "unnormalized_entropy", "p_norm", "hypentropy", "adagrad"]
 
 _BY_NAME: dict[str, Callable[[], MirrorMap]] = {

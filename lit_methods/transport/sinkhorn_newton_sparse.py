@@ -95,14 +95,15 @@ def sinkhorn_newton(
 
     Args:
         cost: ``(..., n, m)``, floating point; ``inf`` forbids a pair, and each row and column needs a finite entry.
-        a: weights of the rows, ``(..., n)`` > 0, broadcast over the batch; ``None``: ``1/n`` each.
-        b: weights of the columns, ``(..., m)`` > 0, with the sum of ``a``; ``None``: uniform.
+        a: weights of the rows, ``(..., n)`` >= 0, broadcast over the batch; ``None``: ``1/n`` each. A weight of 0
+            counts as a rounding error of the mass, so that problems with different empty rows make one batch.
+        b: weights of the columns, ``(..., m)`` >= 0, with the sum of ``a``; ``None``: uniform.
         eta: inverse regularization > 0, in units of 1 / cost. Errors of the cost are below ``log(n m) / eta``.
         reg: regularization ``1/eta``; give exactly one of the two.
         warmup: Sinkhorn sweeps before the first Newton step, >= 0; fewer when the error is small enough.
         max_newton: Newton steps at the full ``eta``, >= 0; 0 is Sinkhorn's algorithm.
         tol: bound on the marginal error, a share of the mass, > 0; ``None``: 1e-10 in float64 and 1e-5 in float32, or
-            what rounding of ``eta * cost`` allows, if that is more (but not above 0.01).
+            a sixteenth of a rounding error of ``eta`` times the range of the costs, if that is more, but at most 0.01.
         sparsity: ``"adaptive"`` drops entries of the Hessian whose sum is at most a tenth of the marginal error, and
             factorises densely where that is faster; ``"topk"`` keeps the ``nnz_per_row * max(n, m)`` largest of each
             problem, the paper's rule; ``"dense"`` drops nothing.
@@ -173,7 +174,7 @@ class SinkhornNewton(nn.Module):
             ("eps_scaling", 0 if eps_scaling is None else eps_scaling, 0),
         ):
             if count < low:
-                raise ValueError(f"{name} must be at least {low}, got {count}")
+                raise ValueError(f"{name} must be >= {low}, got {count}")
         if sparsity not in ("adaptive", "topk", "dense"):
             raise ValueError(f"sparsity must be 'adaptive', 'topk' or 'dense', got {sparsity!r}")
         if dtype not in (None, torch.float32, torch.float64):
@@ -193,7 +194,7 @@ class SinkhornNewton(nn.Module):
     ) -> OTResult:
         """Solve; see :func:`sinkhorn_newton`."""
         batch = cost.shape[:-2]
-        cost, a, b, g = self._checked(cost, a, b, warmstart)
+        cost, shift, a, b, g = self._checked(cost, a, b, warmstart)
         with torch.autocast(cost.device.type, enabled=False):
             with torch.no_grad():
                 f, g, plan, stats = _solve(self, cost, a, b, g)
@@ -203,6 +204,8 @@ class SinkhornNewton(nn.Module):
             transported = torch.linalg.vecdot(plan.flatten(1), finite.flatten(1))
         if self.sharded:
             value, transported = (joint_sum(x) for x in (value, transported))
+        shifted = _shift_value(shift, a, b, self.sharded)
+        value, transported, f, g = value + shifted, transported + shifted, f + shift / 2, g + shift / 2
         return OTResult(*(x.reshape(batch + x.shape[1:]) for x in (plan, f, g, value, transported, *stats)))
 
     def value(
@@ -210,11 +213,12 @@ class SinkhornNewton(nn.Module):
     ) -> Tensor:
         """``forward(...).value`` alone, ``(...)``: its gradient is the plan, for which nothing has to be solved."""
         batch = cost.shape[:-2]
-        cost, a, b, g = self._checked(cost, a, b, warmstart)
+        cost, shift, a, b, g = self._checked(cost, a, b, warmstart)
         with torch.autocast(cost.device.type, enabled=False), torch.no_grad():
             f, g, *_ = _solve(self, cost, a, b, g)
         value = _Value.apply(cost, a, b, f, g, self.eta, self.sharded)
-        return (joint_sum(value) if self.sharded else value).reshape(batch)
+        value = joint_sum(value) if self.sharded else value
+        return (value + _shift_value(shift, a, b, self.sharded)).reshape(batch)
 
     @property
     def sharded(self) -> bool:
@@ -227,8 +231,11 @@ class SinkhornNewton(nn.Module):
 
     def _checked(
         self, cost: Tensor, a: Tensor | None, b: Tensor | None, g: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The problem as ``(B, n, m)``, ``(B, n)``, ``(B, m)``, the start as ``(B, m)``, of the dtype to compute in."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The problem as costs ``(B, n, m)``, what was subtracted from them ``(B, 1)``, weights ``(B, n)``, ``(B, m)``.
+
+        The start comes last, ``(B, m)``; all are of the dtype to compute in.
+        """
         if not cost.is_floating_point():
             raise ValueError(f"cost must be floating point, got {cost.dtype}")
         if cost.ndim < 2 or cost.numel() == 0:
@@ -245,13 +252,20 @@ class SinkhornNewton(nn.Module):
         if not bool((smallest < math.inf).all()):
             raise ValueError("cost must have a finite entry in every row and every column")
         a, b = checked_weights(cost, batch, sizes, a, b, self.sharded)
+        ends = torch.stack([smallest.amin(-1, keepdim=True), -smallest.amax(-1, keepdim=True)])
+        low, high = lowest_of_ranks(ends) if self.sharded else ends
+        # Where numbers are large beside their differences, eta * cost would lose the differences in rounding.
+        far = low.abs() > -high - low
+        shift = torch.where(far, low, 0.0)
+        if bool(far.any()):
+            cost = cost - shift[..., None]
         if g is not None:
             if g.ndim == 0 or g.shape[-1] != sizes[1] or not bool(g.isfinite().all()):
                 raise ValueError(
                     f"warmstart must be finite and have shape (..., {sizes[1]}) for this cost, got {tuple(g.shape)}"
                 )
             g = g.detach().to(cost).expand(*batch, sizes[1]).reshape(-1, sizes[1])
-        return cost, a, b, g
+        return cost, shift, a, b, g
 
 
 def checked_weights(
@@ -266,14 +280,24 @@ def checked_weights(
             raise ValueError(f"{name} must be floating point, got {w.dtype}")
         if w.ndim == 0 or w.shape[-1] != size:
             raise ValueError(f"{name} must have shape (..., {size}) for this cost, got {tuple(w.shape)}")
-        if not bool(((w > 0) & (w < math.inf)).all()):
-            raise ValueError(f"{name} must be > 0 and finite; drop rows and columns without weight, got {w}")
+        if not bool(((w >= 0) & (w < math.inf)).all()):
+            raise ValueError(f"{name} must be >= 0 and finite, got {w}")
         weights.append(w.to(like).expand(*batch, size).reshape(-1, size))
     a, b = weights
     masses = [total_rows(a.detach().double(), sharded)[0][:, 0], b.detach().double().sum(-1)]
     if bool(((masses[0] - masses[1]).abs() > 1e-6 * masses[0]).any()):
         raise ValueError(f"a and b must have equal sums, got {masses[0].tolist()} and {masses[1].tolist()}")
-    return a, b
+    if not bool((masses[1] > 0).all()):
+        raise ValueError(f"a and b must have a sum > 0, got {masses[1].tolist()}")
+    least = (torch.finfo(like.dtype).eps * masses[1]).to(like)[:, None]
+    return a + (a == 0) * (least / rows), b + (b == 0) * (least / sizes[1])
+
+
+def _shift_value(shift: Tensor, a: Tensor, b: Tensor, sharded: bool) -> Tensor:
+    """What adding ``shift`` (B, 1) to all costs adds to their transport, ``(B,)``; half of it through each weight."""
+    total = a.sum(-1, keepdim=True)
+    total = joint_sum(total) if sharded else total
+    return (shift * (total + b.sum(-1, keepdim=True)) / 2)[:, 0]
 
 
 def _plan(cost: Tensor, f: Tensor, g: Tensor, eta: float) -> Tensor:
@@ -405,7 +429,7 @@ def lowest_of_ranks(x: Tensor) -> Tensor:
 def maximise(dual: SemiDual, solver: SinkhornNewton, v: Tensor, extent: float) -> tuple[Point, Stats]:
     """The maximum of the dual, from ``v``; ``extent`` is the range of ``eta cost``."""
     eps = torch.finfo(v.dtype).eps
-    tol = solver.tol or min(max(1e-10 if v.dtype == torch.float64 else 1e-5, 8 * eps * extent), 1e-2)
+    tol = solver.tol or min(max(1e-10 if v.dtype == torch.float64 else 1e-5, eps * extent / 16), 1e-2)
     may_restart = solver.eps_scaling is None and solver.max_newton > 0 and extent > _SCALED_RANGE
     end, sweeps, steps = _ascend(dual, solver, v, solver.eps_scaling or 0, tol, 1 if may_restart else 3)
     hard = end.error > tol

@@ -30,13 +30,13 @@ def wasserstein_distance(
     Args:
         x: ``(..., n, d)``; for histograms the :func:`~lit_methods.transport.grid_points`.
         y: ``(..., m, d)``.
-        a: weights of ``x``, ``(..., n)`` > 0, of sum 1; ``None``: uniform.
-        b: weights of ``y``, ``(..., m)`` > 0, of sum 1; ``None``: uniform.
+        a: weights of ``x``, ``(..., n)`` >= 0, of sum 1; ``None``: uniform.
+        b: weights of ``y``, ``(..., m)`` >= 0, of sum 1; ``None``: uniform.
         p: 1 or 2.
         eta: inverse regularization > 0, relative to the largest cost of each problem.
 
     Returns:
-        ``(...)``, in units of the coordinates and of the dtype of ``x``.
+        ``(...)``, in units of the coordinates and of the dtype of ``x``. The gradient at distance 0 is 0.
 
     Raises:
         ValueError: an argument out of range.
@@ -50,7 +50,10 @@ def wasserstein_distance(
     scale = cost.detach().amax((-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, 1.0)
     transported = sinkhorn_newton(cost / scale, a, b, eta=eta).cost * scale[..., 0, 0]
-    return (transported if p == 1 else transported.clamp(min=0).sqrt()).to(x.dtype)
+    if p == 2:  # the root has no derivative at 0, where the distance is least: 0 is a subgradient
+        apart = transported > 0
+        transported = torch.where(apart, torch.where(apart, transported, 1.0).sqrt(), 0.0)
+    return transported.to(x.dtype)
 
 
 class OTLoss(nn.Module):
@@ -118,8 +121,8 @@ class OTLoss(nn.Module):
         Args:
             x: ``(..., n, d)``.
             y: ``(..., m, d)``.
-            a: weights of ``x``, ``(..., n)`` > 0; ``None``: uniform.
-            b: weights of ``y``, ``(..., m)`` > 0, with the sums of ``a``; ``None``: uniform.
+            a: weights of ``x``, ``(..., n)`` >= 0; ``None``: uniform.
+            b: weights of ``y``, ``(..., m)`` >= 0, with the sums of ``a``; ``None``: uniform.
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.solver.dtype or torch.promote_types(x.dtype, torch.float32)

@@ -25,6 +25,7 @@ from lit_methods.optim import (
     PolarizedCBO,
     particle_losses,
 )
+from lit_methods.optim.cbo import InitialCloud, ParticleBatches
 from tests.benchmarks import harness
 
 PACKAGES = ("cbx", "cma", "evotorch", "numpy")
@@ -54,7 +55,7 @@ def cpu_alternate(contenders: dict[str, Callable[[], object]], rounds: int, inne
 
 def ours(n: int, d: int, **arguments: Any) -> Callable[[], object]:
     x = nn.Parameter(torch.zeros(d))
-    optimizer = CBO([("x", x)], num_particles=n, particle_batch_size=None, stall_tol=0.0, seed=0, **arguments)
+    optimizer = CBO([("x", x)], num_particles=n, batches=ParticleBatches(None), stall_tol=0.0, seed=0, **arguments)
     return lambda: optimizer.step(sum_of_squares)
 
 
@@ -159,9 +160,8 @@ def our_cbo(params: Any, seed: int) -> CBO:
         sigma=5.1,
         num_particles=N,
         alpha=1e5,
-        particle_batch_size=None,
-        init_std=SPREAD,
-        init_around_current=True,
+        batches=ParticleBatches(None),
+        init=InitialCloud(SPREAD, True),
         stall_tol=0.0,
         seed=seed,
     )
@@ -289,7 +289,7 @@ def digits(seeds: int = 3, epochs: int = 50) -> None:
 
     def with_cbo(seed: int) -> float:
         model = network()
-        optimizer = CBO(model, num_particles=N, particle_batch_size=20, alpha=5.0, seed=seed)
+        optimizer = CBO(model, num_particles=N, batches=ParticleBatches(20), alpha=5.0, seed=seed)
         cooled = 0
         for epoch, batch in batches(seed):
             if epoch // 15 > cooled:

@@ -33,9 +33,10 @@ import torch
 from lit_methods.callbacks import SFTWarmup
 from lit_methods.callbacks.llm.export_hf import ExportHF
 from lit_methods.datamodules import PromptDataModule, WordGameDataModule
-from lit_methods.llm import FunctionJudge, NashMP
+from lit_methods.llm import FunctionJudge, Generation, MirrorProx, NashMP, Prox
 from lit_methods.llm.judges import query_judge
-from lit_methods.llm.language_model import LanguageModel, load_causal_lm, load_tokenizer
+from lit_methods.llm.language_model import LanguageModel, load_tokenizer
+from lit_methods.llm.loading import load_causal_lm
 from lit_methods.llm.word_game import word_game_preference
 from tests.benchmarks import harness
 
@@ -56,11 +57,11 @@ NUM_RESPONSES = {"tiny": 128, "larger": 32}
 MAX_TOKENS = {"tiny": 10, "larger": 32}
 OURS: dict[str, dict[str, Any]] = {
     "Nash Prox (group)": {"eta": 0.25},
-    "Nash Prox (separate opponent)": {"eta": 0.25, "opponent": "policy"},
-    "Nash-MP mirror_prox": {"eta": 0.25, "mode": "mirror_prox", "inner_steps": 10},
+    "Nash Prox (separate opponent)": {"eta": 0.25, "mode": Prox(opponent="policy")},
+    "Nash-MP mirror_prox": {"eta": 0.25, "mode": MirrorProx(10)},
     "self-play (eta=inf)": {"eta": math.inf},
-    "Nash-MD-PG (mixture 0.125)": {"eta": math.inf, "opponent": "mixture"},
-    "best response to reference": {"eta": math.inf, "opponent": "reference"},
+    "Nash-MD-PG (mixture 0.125)": {"eta": math.inf, "mode": Prox(opponent="mixture")},
+    "best response to reference": {"eta": math.inf, "mode": Prox(opponent="reference")},
 }
 BASELINE = "Nash Prox (group)"
 THEIRS = ("TRL OnlineDPO (ipo)", "TRL RLOO", "TRL GRPO")
@@ -78,7 +79,7 @@ class Evaluation:
     """Win rates of a policy on held-out prompts with fixed seeds, and how long measuring them took."""
 
     def __init__(self, folder: str, data: PromptDataModule) -> None:
-        self.module = nash(folder, max_new_tokens=MAX_TOKENS["tiny"])
+        self.module = nash(folder, generation=Generation(MAX_TOKENS["tiny"]))
         self.module.configure_model()
         self.prompts = [row[0] for row in data.val_rows]
         self.reference = self.module.respond(self.prompts, "reference", seed=1)[0]
@@ -179,7 +180,7 @@ def run_ours(name: str, run: Run) -> None:
 
     num = 4 if _has_separate_opponent(name) else 8
     run.data.batch_size = NUM_RESPONSES[run.game] // 8
-    module = nash(run.folder, samples_per_prompt=num, max_new_tokens=MAX_TOKENS[run.game], **OURS[name])
+    module = nash(run.folder, samples_per_prompt=num, generation=Generation(MAX_TOKENS[run.game]), **OURS[name])
     module.configure_model()
     trainer = quiet_trainer(run.steps, [Watch()])
     run.measure(lambda: trainer.fit(module, run.data))
@@ -305,7 +306,7 @@ def write(game: str, collected: dict[str, list[dict[str, float]]], steps: int) -
 
 
 def _has_separate_opponent(name: str) -> bool:
-    return name in OURS and (OURS[name].get("opponent", "group") != "group" or "mode" in OURS[name])
+    return name in OURS and "mode" in OURS[name]
 
 
 def spread(runs: list[dict[str, float]], key: str) -> str:

@@ -7,6 +7,7 @@ sizes of the peers are the best of a grid, by the last loss; ours is 1/L everywh
 thread. Needs dadaptation and prodigyopt.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lit_methods.optim import SSO, ArmijoSGD
+from lit_methods.optim.sso import ConjugateGradient, GaussNewton
+from lit_methods.optim.sso.solvers import inner_solver
 from tests.benchmarks import harness
 
 Problem = tuple[
@@ -124,9 +127,9 @@ def ours(loss: str) -> dict[str, dict[str, Make]]:
     """SSO with 1/L and different numbers of inner steps."""
     ways: dict[str, dict[str, Make]] = {}
     for m in (1, 5, 20, 100):
-        ways[f"SSO, m={m}"] = {"1/L": lambda p, m=m: SSO(p, lr=None, loss=loss, inner_steps=m)}  # type: ignore[arg-type]
-    ways["SSO, cg, m=20"] = {"1/L": lambda p: SSO(p, lr=None, loss=loss, inner="cg", inner_steps=20)}  # type: ignore[arg-type]
-    ways["SSO, armijo rule, m=20"] = {"c 0.5": lambda p: SSO(p, lr=4.0, rule="armijo", inner_steps=20)}
+        ways[f"SSO, m={m}"] = {"1/L": lambda p, m=m: SSO(p, lr=None, loss=loss, inner=GaussNewton(steps=m))}  # type: ignore[arg-type]
+    ways["SSO, cg, m=20"] = {"1/L": lambda p: SSO(p, lr=None, loss=loss, inner=ConjugateGradient(steps=20))}  # type: ignore[arg-type]
+    ways["SSO, armijo rule, m=20"] = {"c 0.5": lambda p: SSO(p, lr=4.0, inner=GaussNewton(steps=20), rule="armijo")}
     return ways
 
 
@@ -178,7 +181,7 @@ def step_cost() -> None:
     for inner in ("gauss_newton", "cg", "armijo", "adam"):
         for m in (1, 10):
             ways[f"SSO, {inner}, m={m}"] = lambda p, i=inner, m=m: SSO(
-                p, lr=1e-2, inner=i, inner_steps=m, inner_tol=0.0
+                p, lr=1e-2, inner=dataclasses.replace(inner_solver(i), steps=m, tol=0.0)
             )
     seconds = harness.alternate({name: stepper(make) for name, make in ways.items()}, rounds=9)
     harness.save("sso", "one step, MLP 784-512-256-10, batch 128", harness.ratios(seconds, "SGD"))

@@ -6,6 +6,9 @@ from pathlib import Path
 
 FOUNDATION = {"lit_methods._moved", "lit_methods.batches"}
 PIECES_BELOW_FAMILIES = FOUNDATION | {"lit_methods.optim", "lit_methods.metrics", "lit_methods.nets"}
+SHARED_MODULES = {
+    f"lit_methods.{name}" for name in ("hyperparameters", "lr_find", "masking", "precision", "supervised")
+}
 SHARED_FAMILIES = {"lit_methods.games", "lit_methods.diffusion"}
 OPTIM_THIRD_PARTY = {"torch", "numpy", "scipy"}
 DATAMODULE_THIRD_PARTY = {
@@ -68,7 +71,7 @@ def _reason(module: str, target: str) -> str | None:
         return None if below in FOUNDATION else "this layer imports nothing above lit_methods.batches"
     if layer == "lit_methods.datamodules":
         return None if below in FOUNDATION else "datamodules know no method"
-    allowed = PIECES_BELOW_FAMILIES | SHARED_FAMILIES | {"lit_methods.hyperparameters", "lit_methods.supervised"}
+    allowed = PIECES_BELOW_FAMILIES | SHARED_FAMILIES | SHARED_MODULES
     return None if below in allowed else "a family imports no other family, datamodule or callback"
 
 

@@ -214,6 +214,17 @@ def check_ranks_agree_and_equal_the_joint_batch(case: OptimizerCase) -> None:
         torch.testing.assert_close(per_rank[0][name], value, rtol=1e-10, atol=1e-10)
 
 
+def check_refuses_the_state_of_another_optimizer(case: OptimizerCase) -> None:
+    model, loss = _mlp_problem()
+    other = torch.optim.RMSprop(model.parameters())
+    _train(other, loss, 1)
+    optimizer = case.make(model.parameters(), model)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"not of {case.optimizer.__name__}.*'centered'.*'square_avg'"):
+        optimizer.load_state_dict(other.state_dict())
+    assert_same(optimizer.state_dict(), before, "state after a refused one")
+
+
 def check_bad_arguments_raise_by_name(case: OptimizerCase) -> None:
     validated = {"lr"} & set(inspect.signature(case.optimizer).parameters)
     assert validated <= {next(iter(bad)) for bad, _ in case.bad}, f"give a bad value of {validated} in the case"

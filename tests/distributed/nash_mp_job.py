@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_methods.callbacks import ExactResume, SFTWarmup, WinRate
 from lit_methods.datamodules import PromptDataModule
-from lit_methods.llm import FunctionJudge, NashMP
+from lit_methods.llm import FunctionJudge, Generation, Loading, MirrorProx, NashMP, Prox
 from tests.unit.llm.tiny import LLAMA, LORA, PROMPTS, WORDS, more_low_words
 
 STEPS, SAVE_EVERY = 8, 3
@@ -57,10 +57,10 @@ class Recording(NashMP):
 
     last_responses: list[list[int]]
 
-    def _sample(self, *arguments: Any) -> Any:
-        responses = super()._sample(*arguments)
-        self.last_responses = responses.tolist()
-        return responses
+    def _draw(self, *arguments: Any) -> Any:
+        drawn = super()._draw(*arguments)
+        self.last_responses = drawn.tokens.tolist()
+        return drawn
 
 
 def main() -> None:
@@ -84,12 +84,10 @@ def main() -> None:
         LLAMA,
         FunctionJudge(more_low_words),
         {"words": WORDS},
-        mode=args.mode,
-        inner_steps=2 if args.mode == "mirror_prox" else None,
+        mode=MirrorProx(2) if args.mode == "mirror_prox" else Prox(),
         lora=None if args.full else LORA,
-        max_new_tokens=5,
-        gradient_checkpointing=args.saving,
-        micro_batch_size=3 if args.saving else None,
+        generation=Generation(max_new_tokens=5),
+        loading=Loading(gradient_checkpointing=args.saving, micro_batch_size=3 if args.saving else None),
         warmup_steps=3 if args.saving else 0,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.05) if args.sgd else torch.optim.Adam(params, lr=3e-3),
     )

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_methods.optim import CBO, AdamCBO, ConsensusHopping, MemoryCBO, particle_losses
+from lit_methods.optim.cbo import EffectiveSampleSize, ParticleBatches
 from tests.cli import run_new_process
 from tests.contract.cases import MODULES
 from tests.contract.compare import assert_same
@@ -29,7 +30,7 @@ def problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 def build(module: nn.Module, shard: str, kind: type = CBO, **arguments) -> CBO | ConsensusHopping:
     given = {"num_particles": N, "shard": shard, **arguments}
     if kind is CBO:
-        given = {"particle_batch_size": None, **given}
+        given = {"batches": ParticleBatches(None), **given}
     return kind(module, **given)
 
 
@@ -63,7 +64,7 @@ def train_sharded(rank: int, kind: type, arguments: dict) -> dict:
     half = N // 2
     with pytest.MonkeyPatch.context() as patch:
         rows = slice(rank * half, (rank + 1) * half)
-        patch.setattr(kind, "_fill_normal", rank_noise(arguments.get("num_runs", 1), rows))
+        patch.setattr(kind, "fill_normal", rank_noise(arguments.get("num_runs", 1), rows))
         return run_sharded(module, batch, kind, arguments)
 
 
@@ -87,10 +88,10 @@ def run_sharded(module: nn.Module, batch: tuple[Tensor, Tensor], kind: type, arg
 
 SHARDED = [
     (CBO, {"stall_tol": 0.0}),
-    (CBO, {"stall_tol": 0.0, "noise": "isotropic", "effective_sample_size": 0.5}),
+    (CBO, {"stall_tol": 0.0, "noise": "isotropic", "alpha": EffectiveSampleSize(0.5)}),
     (CBO, {"num_runs": 3}),
     (ConsensusHopping, {}),
-    (ConsensusHopping, {"num_runs": 2, "effective_sample_size": 0.5}),
+    (ConsensusHopping, {"num_runs": 2, "alpha": EffectiveSampleSize(0.5)}),
     (MemoryCBO, {"num_runs": 2}),
     (AdamCBO, {}),
 ]
@@ -102,7 +103,7 @@ def test_sharded_particles_equal_one_process_given_the_same_noise(which, runs, m
     kind, arguments = SHARDED[which]
     ranks = [run["sharded"][which] for run in runs]
     module, batch = problem()
-    monkeypatch.setattr(kind, "_fill_normal", rank_noise(arguments.get("num_runs", 1), slice(None)))
+    monkeypatch.setattr(kind, "fill_normal", rank_noise(arguments.get("num_runs", 1), slice(None)))
     optimizer = build(module, "particles", kind, **arguments)
     for _ in range(STEPS):
         loss = optimizer.step(particle_losses(module, nn.functional.cross_entropy, batch))
@@ -120,7 +121,7 @@ def test_sharded_particles_equal_one_process_given_the_same_noise(which, runs, m
 def train_on_half_the_data(rank: int) -> dict:
     torch.manual_seed(rank)  # global generators differ: the seed must be agreed on
     module, (x, y) = problem()
-    optimizer = build(module, "data", particle_batch_size=4, seed=3)
+    optimizer = build(module, "data", batches=ParticleBatches(4), seed=3)
     for _ in range(STEPS):
         optimizer.step(particle_losses(module, nn.functional.cross_entropy, (x[rank::2], y[rank::2])))
     unseeded = build(problem()[0], "data").particles
@@ -130,7 +131,7 @@ def train_on_half_the_data(rank: int) -> dict:
 def test_sharded_data_equals_one_process_on_the_joint_batch(runs) -> None:
     ranks = [run["data"] for run in runs]
     module, batch = problem()
-    optimizer = build(module, "data", particle_batch_size=4, seed=3)
+    optimizer = build(module, "data", batches=ParticleBatches(4), seed=3)
     for _ in range(STEPS):
         optimizer.step(particle_losses(module, nn.functional.cross_entropy, batch))
     for name, value in module.state_dict().items():
@@ -143,7 +144,7 @@ def test_sharded_data_equals_one_process_on_the_joint_batch(runs) -> None:
 def resume_sharded(rank: int) -> dict:
     module, batch = problem()
     losses = particle_losses(module, nn.functional.cross_entropy, batch)
-    optimizer = build(module, "particles", particle_batch_size=4, seed=1)
+    optimizer = build(module, "particles", batches=ParticleBatches(4), seed=1)
     different = not torch.equal(*gathered(optimizer.particles["0.weight"]))
     optimizer.step(losses)
     try:
@@ -159,7 +160,7 @@ def resume_sharded(rank: int) -> dict:
         optimizer.step(losses)
     other, _ = problem()
     other.load_state_dict(weights)
-    resumed = build(other, "particles", particle_batch_size=4, seed=99)
+    resumed = build(other, "particles", batches=ParticleBatches(4), seed=99)
     resumed.load_state_dict(saved)
     for _ in range(STEPS):
         resumed.step(particle_losses(other, nn.functional.cross_entropy, batch))
@@ -180,7 +181,7 @@ def test_sharded_particles_resume_to_the_bit_and_load_on_one_process(runs) -> No
         assert rank["refused"]
         assert rank["different"], "ranks must hold different particles"
     module, batch = problem()
-    optimizer = build(module, "particles", particle_batch_size=4)
+    optimizer = build(module, "particles", batches=ParticleBatches(4))
     optimizer.load_state_dict(ranks[0]["saved"])
     assert torch.equal(
         optimizer.particles["0.weight"].flatten(1), ranks[0]["saved"]["state"]["swarm"]["particles"][0, :, :12]
@@ -190,7 +191,7 @@ def test_sharded_particles_resume_to_the_bit_and_load_on_one_process(runs) -> No
 
 def too_many_ranks(rank: int) -> str:
     try:
-        CBO(problem()[0], num_particles=5, particle_batch_size=None, shard="particles").variance()
+        CBO(problem()[0], num_particles=5, batches=ParticleBatches(None), shard="particles").variance()
     except ValueError as error:
         return str(error)
     return ""

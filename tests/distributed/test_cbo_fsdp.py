@@ -24,6 +24,7 @@ from lit_methods.optim import (
     PolarizedCBO,
     particle_losses,
 )
+from lit_methods.optim.cbo import EffectiveSampleSize, InitialCloud, ParticleBatches
 from lit_methods.optim.cbo.swarm import ParticleOptimizer
 from tests.distributed.launch import run_ranks
 from tests.new_processes import act_as_torchrun
@@ -31,10 +32,10 @@ from tests.new_processes import act_as_torchrun
 STEPS = 4
 N = 10
 SETTINGS: dict[str, tuple[type, dict[str, Any]]] = {
-    "batches": (CBO, {"particle_batch_size": 5}),
-    "isotropic": (CBO, {"particle_batch_size": None, "noise": "isotropic", "sigma": 0.2}),
-    "stalled": (CBO, {"particle_batch_size": None, "stall_tol": 10.0, "init_around_current": True}),
-    "two runs": (CBO, {"particle_batch_size": 5, "num_runs": 2, "effective_sample_size": 0.5}),
+    "batches": (CBO, {"batches": ParticleBatches(5)}),
+    "isotropic": (CBO, {"batches": ParticleBatches(None), "noise": "isotropic", "sigma": 0.2}),
+    "stalled": (CBO, {"batches": ParticleBatches(None), "stall_tol": 10.0, "init": InitialCloud(around_current=True)}),
+    "two runs": (CBO, {"batches": ParticleBatches(5), "num_runs": 2, "alpha": EffectiveSampleSize(0.5)}),
     "hopping": (ConsensusHopping, {}),
     "sampling": (ConsensusBasedSampling, {"num_runs": 2}),
     "memory": (MemoryCBO, {}),
@@ -133,7 +134,7 @@ def resume(rows: slice, folder: str) -> bool:
 
     def build() -> tuple[nn.Module, CBO]:
         module = sharded()
-        return module, CBO(module.named_parameters(), num_particles=N, particle_batch_size=5, num_runs=2)
+        return module, CBO(module.named_parameters(), num_particles=N, batches=ParticleBatches(5), num_runs=2)
 
     module, optimizer = build()
     for _ in range(2):
@@ -175,7 +176,7 @@ def messages(rows: slice) -> list[str]:
             found.append(str(error))
     x, y = data()
     with pytest.warns(UserWarning, match="same loss") as record, torch.no_grad():
-        CBO(module, num_particles=N, particle_batch_size=None).step(
+        CBO(module, num_particles=N, batches=ParticleBatches(None)).step(
             lambda: nn.functional.mse_loss(module(x[rows]), y[rows]).detach()
         )
     return [*found, str(record[0].message)]
@@ -193,7 +194,7 @@ class Regression(pl.LightningModule):
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> CBO:
-        return CBO(self.named_parameters(), num_particles=N, particle_batch_size=5, seed=0)
+        return CBO(self.named_parameters(), num_particles=N, batches=ParticleBatches(5), seed=0)
 
 
 def fit_on_rank(rank: int, folder: str) -> list[list[Tensor]]:

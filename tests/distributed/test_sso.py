@@ -1,5 +1,6 @@
 """SSO and ArmijoSGD on two real gloo processes: DDP, unequal shares, local inner steps, FSDP2."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from lit_methods.optim import SSO, ArmijoSGD
+from lit_methods.optim.sso import GaussNewton, InnerSolver
+from lit_methods.optim.sso.solvers import inner_solver
 from tests.distributed.launch import run_ranks
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -22,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adam": {"inner": "adam"},
     "rule armijo": {"rule": "armijo"},
     "rule adagrad": {"rule": "adagrad"},
-    "rule adagrad_diag": {"rule": "adagrad_diag"},
+    "rule adagrad_per_example": {"rule": "adagrad_per_example"},
     "sum": {"reduction": "sum", "rule": "armijo"},
     "clipped": {"max_target_grad_norm": 0.5},
 }
@@ -40,13 +43,17 @@ def batch(t: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, (x[:, 0] > 0).long() + (x[:, 1] > 0), torch.arange(t, t + 16)
 
 
+def four(inner: str | InnerSolver) -> InnerSolver:
+    return dataclasses.replace(inner_solver(inner), steps=4)
+
+
 def flat(net: nn.Module) -> Tensor:
     full = (p.full_tensor() if isinstance(p, DTensor) else p for p in net.parameters())
     return torch.cat([p.detach().flatten() for p in full])
 
 
 def train(net: nn.Module, part: slice = slice(None), **options: Any) -> Tensor:
-    optimizer = SSO(net.parameters(), **{"lr": 1.0, "inner_steps": 4, **options})
+    optimizer = SSO(net.parameters(), **{"lr": 1.0, **options, "inner": four(options.get("inner", "gauss_newton"))})
     reduction = options.get("reduction", "mean")
     for t in range(STEPS):
         x, y, index = (tensor[part] for tensor in batch(t))
@@ -57,7 +64,11 @@ def train(net: nn.Module, part: slice = slice(None), **options: Any) -> Tensor:
 
 
 def capture(net: nn.Module, replica: nn.Module, part: slice, **options: Any) -> Tensor:
-    optimizer = SSO(net.parameters(), lr=1.0, target_module=net, inner_steps=4, **options)
+    optimizer = SSO(
+        net.parameters(),
+        target_module=net,
+        **{"lr": 1.0, **options, "inner": four(options.get("inner", "gauss_newton"))},
+    )
     for t in range(STEPS):
         x, y, _ = (tensor[part] for tensor in batch(t))
         optimizer.zero_grad()
@@ -89,7 +100,7 @@ def ranks(rank: int) -> dict[str, Tensor]:
         net = make_net()
         results[name] = run(net, nn.parallel.DistributedDataParallel(net), halves[rank])
     for every in (2, 4):
-        results[f"sync {every}"] = train(make_net(), PARTS[rank], sync_every=every)
+        results[f"sync {every}"] = train(make_net(), PARTS[rank], inner=GaussNewton(steps=4, sync_every=every))
     results["padding"] = train(
         make_net(), PARTS[rank], num_items=lambda slope: torch.full((len(slope),), rank == 0), rule="armijo"
     )
@@ -99,7 +110,7 @@ def ranks(rank: int) -> dict[str, Tensor]:
         for module in (net[0], net[2], net):
             fully_shard(module, mesh=mesh)
         results[f"fsdp {inner}"] = capture(net, net, halves[rank], inner=inner)
-    with pytest.raises(RuntimeError, match="inner='cg' needs forward-mode AD"):
+    with pytest.raises(RuntimeError, match="ConjugateGradient needs forward-mode AD"):
         capture(net, net, halves[rank], inner="cg")
     old = FullyShardedDataParallel(make_net(), device_id=torch.device("cpu"))
     with pytest.raises(RuntimeError, match="FSDP1; use FSDP2"):

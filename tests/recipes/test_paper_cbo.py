@@ -23,9 +23,14 @@ def test_mnist_settings(name) -> None:
     config = recipe(name)
     cbo = config["model"]["init_args"]["optimizer"]["init_args"]
     assert cbo["sigma"] == pytest.approx(math.sqrt(0.4), abs=1e-7)
-    assert (cbo["num_particles"], cbo["particle_batch_size"], cbo["lr"], cbo["lambda_"]) == (100, 10, 0.1, 1.0)
+    assert (cbo["num_particles"], cbo["batches"], cbo["lr"], cbo["lambda_"]) == (
+        100,
+        {"size": 10, "update": "full"},
+        0.1,
+        1.0,
+    )
     assert cbo["alpha"] == 50 / 10  # the authors divide the cross-entropy by 10
-    assert (cbo["noise"], cbo["update"], cbo["init_std"]) == ("anisotropic", "full", 1.0)
+    assert (cbo["noise"], cbo["init"]["std"]) == ("anisotropic", 1.0)
     assert config["data"]["init_args"]["batch_size"] == 60
     assert config["trainer"]["max_epochs"] == 100
     network = config["model"]["init_args"]["network"]
@@ -39,7 +44,7 @@ def test_canyon_settings() -> None:
     model = recipe("illustrations")["model"]["init_args"]
     cbo = model["methods"]["cbo"]["init_args"]
     assert (cbo["lr"], cbo["lambda_"], cbo["sigma"], cbo["noise"]) == (0.01, 1.0, 1.6, "isotropic")
-    assert (cbo["num_particles"], cbo["alpha"], cbo["init_std"]) == (200, 100.0, 0.5)
+    assert (cbo["num_particles"], cbo["alpha"], cbo["init"]["std"]) == (200, 100.0, 0.5)
     assert (model["start"], model["num_runs"], model["steps_per_epoch"]) == ([8.0, 8.0], 50, 250)
     assert model["inner_steps"]["langevin"] * model["steps_per_epoch"] == 10_000
 

@@ -20,11 +20,14 @@ def test_libsvm_settings() -> None:
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     assert model["network"]["init_args"] == {"in_features": 112, "hidden_features": [], "out_features": 1}
     sso = model["optimizer"]["init_args"]
-    assert (sso["rule"], sso["armijo_c"], sso["armijo_decay"], sso["armijo_grow"]) == ("armijo", 0.5, 0.9, 2.0)
-    assert (sso["inner"], sso["inner_armijo_c"], sso["inner_lr"], sso["inner_steps"]) == ("armijo", 0.1, 10.0, 10)
+    assert sso["rule"]["class_path"] == "lit_methods.optim.sso.Armijo"
+    assert sso["rule"]["init_args"] == {"c": 0.5, "decay": 0.9, "grow": 2.0, "bounds": [1e-4, 1e4]}
+    assert sso["inner"]["class_path"] == "lit_methods.optim.sso.ArmijoDescent"
+    inner = sso["inner"]["init_args"]
+    assert (inner["armijo_c"], inner["lr"], inner["steps"]) == (0.1, 10.0, 10)
     batches = math.ceil(8124 / data["batch_size"])
     assert data["batch_size"] == 125
-    assert sso["inner_grow"] == pytest.approx(2 ** (1 / batches), abs=1e-5)
+    assert inner["grow"] == pytest.approx(2 ** (1 / batches), abs=1e-5)
     assert config["trainer"]["max_epochs"] == 500
 
 
@@ -52,7 +55,8 @@ def test_imitation_settings() -> None:
     data, sso = config["data"]["init_args"], config["model"]["init_args"]["optimizer"]["init_args"]
     assert (data["env"], data["samples_per_round"], data["beta"], data["actions"]) == ("Hopper-v5", 1000, 0.0, "tanh")
     assert config["model"]["init_args"]["policy"]["init_args"]["hidden_features"] == [2048]
-    assert (sso["rule"], sso["lr"], sso["inner"], sso["inner_lr"]) == ("adagrad", 50.0, "adam", 1e-3)
+    assert (sso["rule"], sso["lr"]) == ("adagrad", 50.0)
+    assert sso["inner"]["init_args"]["optimizer"] == {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-3}}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from lit_methods.datamodules import DigitsDataModule, ImitationDataModule
 from lit_methods.nets import MLP, LinearFeedback
 from lit_methods.online import OnlineImitation
 from lit_methods.optim import SSO
+from lit_methods.optim.sso import GaussNewton
 from tests.benchmarks.bench_sso import logistic, matrix_factorization, train
 
 SEEDS = (0, 1, 2)
@@ -37,7 +38,7 @@ def test_more_inner_steps_give_lower_losses_and_beat_tuned_optimizers() -> None:
     grid += [(torch.optim.Adagrad, lr) for lr in (0.3, 1.0, 3.0, 10.0)]
     for seed in SEEDS:
         ours = [
-            train(logistic(seed), lambda p, m=m: SSO(p, lr=None, loss="bce", inner_steps=m), 200)["loss"]
+            train(logistic(seed), lambda p, m=m: SSO(p, lr=None, loss="bce", inner=GaussNewton(steps=m)), 200)["loss"]
             for m in (1, 5, 20, 100)
         ]
         theirs = min(train(logistic(seed), lambda p, k=kind, lr=lr: k(p, lr=lr), 200)["loss"] for kind, lr in grid)
@@ -50,7 +51,7 @@ def test_matrix_factorization_reaches_tiny_losses() -> None:
     """50 full-batch gradients from a loss of about 8."""
     for seed in SEEDS:
         ours = {
-            m: train(matrix_factorization(seed), lambda p, m=m: SSO(p, lr=0.5, inner_steps=m), 50)["loss"]
+            m: train(matrix_factorization(seed), lambda p, m=m: SSO(p, lr=0.5, inner=GaussNewton(steps=m)), 50)["loss"]
             for m in (1, 10, 100)
         }
         adam = train(matrix_factorization(seed), lambda p: torch.optim.Adam(p, lr=3e-2), 50)["loss"]
@@ -88,7 +89,7 @@ def test_capture_mode_in_a_plain_trainer_beats_adam_and_sgd_on_digits() -> None:
     ways: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], dict[str, str]]] = {
         "SGD": (lambda net: torch.optim.SGD(net.parameters(), lr=0.5), {}),
         "Adam": (lambda net: torch.optim.Adam(net.parameters(), lr=1e-2), {}),
-        "SSO m=1": (lambda net: SSO(net.parameters(), lr=2.0, target_module=net, inner_steps=1), {}),
+        "SSO m=1": (lambda net: SSO(net.parameters(), lr=2.0, target_module=net, inner=GaussNewton(steps=1)), {}),
         "SSO m=10": (lambda net: SSO(net.parameters(), lr=2.0, target_module=net), {}),
         "SSO eta=10": (lambda net: SSO(net.parameters(), lr=10.0, target_module=net), {}),
         "bf16": (lambda net: SSO(net.parameters(), lr=10.0, target_module=net), {"precision": "bf16-mixed"}),
@@ -120,7 +121,7 @@ def test_imitation_needs_fewer_rounds_than_tuned_optimizers() -> None:
     grid += [lambda p, lr=lr: torch.optim.Adagrad(p, lr=lr) for lr in (0.3, 1.0, 3.0)]  # type: ignore[misc]
     for seed in SEEDS:
         ours = {
-            m: imitate(seed, lambda p, m=m: SSO(p, lr=None, loss="mse", inner_steps=m, inner_tol=1e-12))
+            m: imitate(seed, lambda p, m=m: SSO(p, lr=None, loss="mse", inner=GaussNewton(steps=m, tol=1e-12)))
             for m in (1, 10, 100)
         }
         theirs = min(imitate(seed, make)[0] for make in grid)

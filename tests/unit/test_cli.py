@@ -269,3 +269,25 @@ def test_no_subcommand_is_an_error(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         main()
     assert "subcommand" in capsys.readouterr().err
+
+
+def test_secrets_are_masked_in_everything_that_is_written(command, tmp_path) -> None:
+    config = ["--model.judge=lit_methods.llm.HTTPJudge", "--model.judge.url=http://me:pa55@127.0.0.1:9/?api_key=k3y"]
+    config += ['--model.judge.headers={"Authorization": "Bearer t0ken", "X-Api-Key": "k3y"}']
+    config += ["--trainer.max_steps=0", "--trainer.limit_val_batches=0", "--trainer.callbacks=null"]
+    status, _, err = command("fit", "--config", "nash_mp/tiny_intransitive", *config)
+    assert status == 0, err
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "config.yaml" for path in written)
+    assert any(path.name == "hparams.yaml" for path in written)
+    for path in written:
+        content = path.read_bytes()
+        for secret in (b"t0ken", b"k3y", b"pa55"):
+            assert secret not in content, path
+
+
+def test_moved_arguments_are_named(command) -> None:
+    status, _, err = command("fit", "--config", "nash_mp/tiny_intransitive", "--model.max_new_tokens=3")
+    assert status == 2
+    assert "'max_new_tokens' is not accepted" in err
+    assert "it is now generation.max_new_tokens" in err

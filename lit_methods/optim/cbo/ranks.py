@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_methods.optim.foundation.ranks import world_size
+
 
 @dataclass
 class ParticleRanks:
     """Shares out data, particles or coordinates; without several processes everything is the identity.
 
     Attributes:
-        shard: "data" or "particles", as in :class:`~lit_methods.optim.CBO`.
+        shard: what the ranks share out, "data" or "particles".
         group: the ranks that work together, None for all.
         own_coordinates: whether each rank holds other coordinates of all particles (DTensor parameters).
     """
@@ -25,7 +27,7 @@ class ParticleRanks:
     @property
     def size(self) -> int:
         """Number of ranks."""
-        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+        return world_size(self.group)
 
     @property
     def rank(self) -> int:

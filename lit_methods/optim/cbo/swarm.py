@@ -1,11 +1,8 @@
 """What the gradient-free particle optimizers share: evaluation, the consensus point and checkpoints."""
 
 import dataclasses
-import inspect
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -13,14 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lit_methods.optim.cbo.closures import Evaluate, Particles, batched, needs_argument, one_by_one
 from lit_methods.optim.cbo.consensus import alpha_for_sample_size, consensus_weights, weighted_mean
 from lit_methods.optim.cbo.layout import ParticleLayout
 from lit_methods.optim.cbo.ranks import ParticleRanks
+from lit_methods.optim.cbo.settings import divisor
+from lit_methods.optim.foundation.closures import RepeatedClosure
 from lit_methods.optim.foundation.flat import by_column, by_parameter, is_dtensor, shards
+from lit_methods.optim.foundation.groups import check_nonnegative, check_own_state, check_real, check_shared
 
-Particles = dict[str, Tensor]
-Losses = Callable[[Particles], Tensor]
-Evaluate = Callable[[Tensor], Tensor]
 _RANK_STRIDE = 0x9E3779B97F4A7C15  # apart from one another for any seed
 
 
@@ -30,12 +28,13 @@ class ParticleOptimizer(Optimizer):
     The buffer is float32, or float64 where any parameter is. Parameters that do not require gradients are left alone.
     """
 
+    gradients_cleared = False
     state: dict[Any, Any]  # type: ignore[assignment]  # the swarm is no one parameter's: it has the key "swarm"
-    _shared: tuple[str, ...] = ("num_particles", "num_runs", "alpha", "effective_sample_size")
+    _shared: tuple[str, ...] = ("num_particles", "num_runs", "alpha", "effective_sample_size", "alpha_growth")
     _by_particle: tuple[str, ...] = ("particles",)  # state of shape (runs, N, d)
     _losses_by_particle: tuple[str, ...] = ()  # state of shape (runs, N)
     _by_run: tuple[str, ...] = ("consensus", "previous", "best")  # state of shape (runs, d)
-    _ranks: ParticleRanks
+    ranks: ParticleRanks
     _cached_layout: ParticleLayout | None
     _buffers: dict[tuple[str, int, int], Tensor]
     _generator: torch.Generator | None
@@ -58,22 +57,23 @@ class ParticleOptimizer(Optimizer):
             raise ValueError(f"shard must be 'data' or 'particles', got {shard!r}")
         if seed is not None and seed < 0:
             raise ValueError(f"seed must be >= 0, or None for one from the global generator, got {seed}")
-        self._seed, self._ranks = seed, ParticleRanks(shard, process_group)
+        self._seed, self.ranks = seed, ParticleRanks(shard, process_group)
         self._generator = None
         self._forget()
         super().__init__(params.named_parameters() if isinstance(params, nn.Module) else params, defaults)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.gradients_cleared = True
+        super().zero_grad(set_to_none)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: each particle gets further coordinates, drawn like those at the start."""
-        for key in self._shared:
-            if param_group.get(key, self.defaults[key]) != self.defaults[key]:
-                raise ValueError(f"{key} is shared by all parameter groups, got {param_group[key]!r} for one of them")
+        check_shared(param_group, self.defaults, self._shared)
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-            for p in self.param_groups[-1]["params"]:
-                if not p.is_floating_point():
-                    raise ValueError(f"params must be real floating point, got {p.dtype}; view complex ones as real")
+            check_real(self.param_groups[-1]["params"])
             self._check_shards()
         except ValueError:
             self.param_groups.pop()
@@ -87,7 +87,7 @@ class ParticleOptimizer(Optimizer):
         With several runs ``(num_runs * N, *shape)``, run after run. With DTensor parameters all shapes, here and in the
         other methods, are those of this rank's shards.
         """
-        return self._layout.many(self._prepare()["particles"].flatten(0, 1))
+        return self.layout.many(self._prepare()["particles"].flatten(0, 1))
 
     def consensus(self) -> Particles:
         """Parameter name -> the last consensus point, which is also what the parameters hold (up to their dtype).
@@ -95,11 +95,11 @@ class ParticleOptimizer(Optimizer):
         With several runs it is that of the run with the lowest loss in the last step.
         """
         swarm = self._prepare()
-        return self._layout.one(swarm["consensus"][swarm["leader"]])
+        return self.layout.one(swarm["consensus"][swarm["leader"]])
 
     def consensus_of_runs(self) -> Particles:
         """Parameter name -> every run's last consensus point, ``(num_runs, *shape)``."""
-        return self._layout.many(self._prepare()["consensus"])
+        return self.layout.many(self._prepare()["consensus"])
 
     def best_particle(self) -> Particles:
         """Parameter name -> the particle with the lowest loss so far, in any run; NaN before the first step.
@@ -107,13 +107,13 @@ class ParticleOptimizer(Optimizer):
         On changing data batches the lowest loss says little. With ``shard="particles"`` a collective call.
         """
         swarm = self._prepare()
-        losses = self._ranks.gather_particles(swarm["best_loss"], 0)
-        return self._layout.one(self._ranks.gather_particles(swarm["best"], 0)[losses.argmin()])
+        losses = self.ranks.gather_particles(swarm["best_loss"], 0)
+        return self.layout.one(self.ranks.gather_particles(swarm["best"], 0)[losses.argmin()])
 
     def best_losses(self) -> Tensor:
         """Every run's lowest loss so far, ``(num_runs,)``; with ``shard="particles"`` a collective call."""
         losses = self._prepare()["best_loss"]
-        return self._ranks.gather_particles(losses[None], 0).amin(0)
+        return self.ranks.gather_particles(losses[None], 0).amin(0)
 
     @torch.no_grad()
     def variance(self) -> Tensor:
@@ -122,12 +122,28 @@ class ParticleOptimizer(Optimizer):
         With ``shard="particles"`` a collective call.
         """
         particles = self._prepare()["particles"]
-        mean = self._ranks.sum_over_particles(particles.sum(1, keepdim=True)) / self.num_particles
-        return self._ranks.sum_over_particles((particles - mean).square().sum(1)).mean(0) / self.num_particles
+        mean = self.ranks.sum_over_particles(particles.sum(1, keepdim=True)) / self.num_particles
+        return self.ranks.sum_over_particles((particles - mean).square().sum(1)).mean(0) / self.num_particles
 
     def spread(self) -> float:
         """Euclidean norm of :meth:`variance`, over all ranks: a collective call where they share the swarm."""
-        return float(self._ranks.norm(self.variance()))
+        return float(self.ranks.norm(self.variance()))
+
+    def reduce_particles(self, num_particles: int) -> None:
+        """Go on with fewer particles: the first ones, which are as good as any.
+
+        Args:
+            num_particles: from 1 to the present number.
+        """
+        if not 1 <= num_particles <= self.num_particles:
+            raise ValueError(f"num_particles must be in [1, {self.num_particles}], got {num_particles}")
+        swarm = self._prepare()
+        for key in (*self._by_particle, *self._losses_by_particle):
+            swarm[key] = swarm[key][:, : self.ranks.local(num_particles)].clone()
+        self._set_shared("num_particles", num_particles)
+        batch = self.param_groups[0].get("particle_batch_size")
+        if batch is not None:
+            self._set_shared("particle_batch_size", divisor(num_particles, batch))
 
     @property
     def num_particles(self) -> int:
@@ -173,15 +189,20 @@ class ParticleOptimizer(Optimizer):
                 )
             return None
         loss, losses_of = None, closure
-        if not _needs_argument(closure):
-            with torch.enable_grad():
-                loss = losses_of = closure()
+        if not needs_argument(closure):
+            loss = losses_of = RepeatedClosure(self, closure)()
             if loss is None:
                 return None
-        evaluate = self._one_by_one(closure) if not callable(losses_of) else self._batched(losses_of)
+        evaluate = (
+            batched(self.layout, self.ranks, losses_of)
+            if callable(losses_of)
+            else one_by_one(self.layout, self.ranks, closure)
+        )
         self._consolidated = self._low = None
         self._advance(swarm, evaluate)
-        self._layout.write(swarm["consensus"][swarm["leader"]])
+        if self.param_groups[0]["alpha_growth"] != 1:
+            self._set_shared("alpha", self.param_groups[0]["alpha"] * self.param_groups[0]["alpha_growth"])
+        self.layout.write(swarm["consensus"][swarm["leader"]])
         return self._lowest if callable(losses_of) else loss
 
     def _advance(self, swarm: dict[str, Any], evaluate: Evaluate) -> None:
@@ -191,26 +212,26 @@ class ParticleOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         if group["num_runs"] < 1:
             raise ValueError(f"num_runs must be >= 1, got {group['num_runs']}")
-        for name in ("lr", "alpha"):
-            if not group[name] >= 0:
-                raise ValueError(f"{name} must be >= 0, got {group[name]}")
+        check_nonnegative(lr=group["lr"])
+        if not group["alpha"] >= 0:
+            raise ValueError(f"alpha must be >= 0, got {group['alpha']}")
         share = group["effective_sample_size"]
         if share is not None and not 0 < share < 1:
             raise ValueError(f"effective_sample_size must be in (0, 1), or None, got {share}")
 
     def _common_losses(self, losses: Tensor) -> Tensor:
         """The losses ``(runs, n)`` of this rank's particles on all ranks' data; infinite where they are not finite."""
-        return self._ranks.mean_over_data(losses).nan_to_num(math.inf, math.inf, math.inf)
+        return self.ranks.mean_over_data(losses).nan_to_num(math.inf, math.inf, math.inf)
 
     def _weigh(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of this rank's particles ``(runs, n)``, which sum to 1 on all ranks, and the lowest losses."""
-        losses = self._ranks.gather_particles(losses, 1)
+        losses = self.ranks.gather_particles(losses, 1)
         lowest = losses.amin(1)
         share, alpha = self.param_groups[0]["effective_sample_size"], self.param_groups[0]["alpha"]
         if share is not None:
             alpha = alpha_for_sample_size(losses, share)
         weights = consensus_weights(losses, alpha, lowest)
-        return (weights.chunk(self._ranks.size, 1)[self._ranks.rank] if self.particles_sharded else weights), lowest
+        return (weights.chunk(self.ranks.size, 1)[self.ranks.rank] if self.particles_sharded else weights), lowest
 
     def _find_consensus(self, swarm: dict[str, Any], points: Tensor, losses: Tensor, last: bool = True) -> Tensor:
         """The consensus points ``(runs, d)`` of ``points`` (runs, n, d), identical on all ranks.
@@ -222,7 +243,7 @@ class ParticleOptimizer(Optimizer):
             last: no other particle batch follows in this step. It is then that the host learns how the step went.
         """
         weights, lowest = self._weigh(losses)
-        point = self._ranks.sum_over_particles(weighted_mean(points, weights))
+        point = self.ranks.sum_over_particles(weighted_mean(points, weights))
         self._settle(swarm, points, losses, lowest, point, last)
         return swarm["consensus"]
 
@@ -230,7 +251,7 @@ class ParticleOptimizer(Optimizer):
         self, swarm: dict[str, Any], points: Tensor, losses: Tensor, lowest: Tensor, point: Tensor, last: bool = True
     ) -> None:
         """Make ``point`` the consensus of all runs with a finite loss, and keep the best particles."""
-        for group, new, old in self._layout.parts(point, swarm["consensus"]):
+        for group, new, old in self.layout.parts(point, swarm["consensus"]):
             if group["lr"] == 0:
                 new.copy_(old)
         own = losses.amin(1) if self.particles_sharded else lowest
@@ -247,7 +268,7 @@ class ParticleOptimizer(Optimizer):
     def _end_step(self, swarm: dict[str, Any], lowest: Tensor, own: Tensor, point: Tensor) -> bool:
         """Learn how the step went, the one host synchronisation: whether any run has a better particle than before."""
         assert self._low is not None
-        changes = self._ranks.largest(point - swarm["consensus"])
+        changes = self.ranks.largest(point - swarm["consensus"])
         found = torch.stack([self._low, lowest, changes, swarm["best_loss"] - own])
         low, self._lows, self._changes, gains = found.tolist()
         self._lowest = min(low)
@@ -258,41 +279,6 @@ class ParticleOptimizer(Optimizer):
         swarm["leader"] = low.index(self._lowest)
         return any(gain > 0 for gain in gains)
 
-    def _batched(self, losses_of: Losses) -> Evaluate:
-        if self._ranks.own_coordinates:
-            raise ValueError(
-                "closure must return the loss of the parameters' present values where these are DTensors (FSDP2): a "
-                "rank holds a part of every particle, and cannot evaluate them at once. Call the module in it"
-            )
-
-        def evaluate(points: Tensor) -> Tensor:
-            number = points.shape[0] * points.shape[1]
-            losses = losses_of(self._layout.of_runs(points))
-            if not isinstance(losses, Tensor) or losses.shape != (number,):
-                got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-                raise ValueError(f"the closure must return one loss per particle, shape ({number},), got {got}")
-            return losses.to(points.dtype, copy=self._ranks.size > 1).view(points.shape[:2])
-
-        return evaluate
-
-    def _one_by_one(self, closure: Callable[[], Any]) -> Evaluate:
-        def evaluate(points: Tensor) -> Tensor:
-            losses = []
-            for point in points.detach().flatten(0, 1):
-                with torch.no_grad():
-                    self._layout.write(point)
-                with torch.enable_grad():
-                    losses.append(torch.as_tensor(closure(), device=points.device).detach().to(points.dtype))
-            found = torch.stack(losses)
-            if self._ranks.own_coordinates and len(losses) > 1 and (found == found[0]).all():
-                warnings.warn(
-                    "all particles have the same loss. FSDP2 keeps parameters that it has gathered until a backward "
-                    "pass: call backward() in the closure, or fully_shard(..., reshard_after_forward=True)"
-                )
-            return found.view(points.shape[:2])
-
-        return evaluate
-
     def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
         """Scratch memory ``(rows, columns)``, the same tensor while the size stays the same."""
         key = (name, rows, columns)
@@ -300,15 +286,15 @@ class ParticleOptimizer(Optimizer):
             self._buffers[key] = self.state["swarm"]["particles"].new_empty(rows, columns)
         return self._buffers[key]
 
-    def _fill_normal(self, x: Tensor, mean: float, std: float) -> None:
+    def fill_normal(self, x: Tensor, mean: float, std: float) -> None:
         """Fill with normal numbers; this is where all noise comes from."""
         x.normal_(mean, std, generator=self._generator)
 
-    def _noise(self, shape: Sequence[int], mean: float, std: float) -> Tensor:
+    def noise(self, shape: Sequence[int], mean: float, std: float) -> Tensor:
         """Normal numbers ``(runs, n, d)`` in scratch memory."""
         runs, number, dim = shape
         noise = self._buffer("noise", runs * number, dim)
-        self._fill_normal(noise, mean, std)
+        self.fill_normal(noise, mean, std)
         return noise.view(runs, number, dim)
 
     def _set_shared(self, name: str, value: Any) -> None:
@@ -317,7 +303,8 @@ class ParticleOptimizer(Optimizer):
             group[name] = value
 
     @property
-    def _layout(self) -> ParticleLayout:
+    def layout(self) -> ParticleLayout:
+        """Where every parameter is in the coordinates."""
         if self._cached_layout is None:
             self._cached_layout = ParticleLayout(self.param_groups)
             self._check_shards()
@@ -326,14 +313,14 @@ class ParticleOptimizer(Optimizer):
     def _check_shards(self) -> None:
         """Learn whether ranks hold parts of the parameters; all of them must then be split over all ranks."""
         trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        self._ranks.own_coordinates = any(is_dtensor(p) for p in trained)
-        if not self._ranks.own_coordinates:
+        self.ranks.own_coordinates = any(is_dtensor(p) for p in trained)
+        if not self.ranks.own_coordinates:
             return
-        if self._ranks.shard == "particles":
+        if self.ranks.shard == "particles":
             raise ValueError("shard must be 'data' with DTensor parameters (FSDP2), got 'particles'")
-        if any(shards(p) != self._ranks.size for p in trained):
+        if any(shards(p) != self.ranks.size for p in trained):
             raise ValueError(
-                f"params must all be sharded over all {self._ranks.size} ranks where some are DTensors: fully_shard "
+                f"params must all be sharded over all {self.ranks.size} ranks where some are DTensors: fully_shard "
                 "the root module on a one-dimensional mesh, or freeze what is not sharded"
             )
 
@@ -345,7 +332,7 @@ class ParticleOptimizer(Optimizer):
 
     def _prepare(self) -> dict[str, Any]:
         """The swarm and its generator: made at the first use, brought up to date after anything that may move them."""
-        layout = self._layout
+        layout = self.layout
         device, dtype = layout.params[0].device, layout.dtype
         if self._ready and self._generator is not None and self._generator.device == device:
             return self.state["swarm"]
@@ -359,7 +346,7 @@ class ParticleOptimizer(Optimizer):
         if self._generator is None or self._generator.device != device:
             self._generator = self._make_generator(swarm, device)
         current = layout.current()
-        runs, rows = self.num_runs, self._ranks.local(self.num_particles)
+        runs, rows = self.num_runs, self.ranks.local(self.num_particles)
         if "particles" not in swarm:
             swarm["particles"] = self._initial(current, runs * rows).view(runs, rows, len(current))
             swarm["consensus"] = current.repeat(runs, 1)
@@ -367,7 +354,7 @@ class ParticleOptimizer(Optimizer):
             swarm["best"] = torch.full_like(swarm["consensus"], math.nan)
             swarm["best_loss"] = current.new_full((runs,), math.inf)
             swarm["leader"] = 0
-            self._warn_of_divergence(sum(p.numel() for p in layout.params))
+            self._warn(sum(p.numel() for p in layout.params))
         elif (known := swarm["particles"].shape[2]) < len(current):  # a parameter group was added
             more = current[known:]
             new = self._initial(more, runs * rows).view(runs, rows, len(more))
@@ -394,17 +381,17 @@ class ParticleOptimizer(Optimizer):
         if known < start.shape[2]:
             swarm[key] = torch.cat([swarm[key], start[..., known:]], 2) if known else start.clone()
 
-    def _warn_of_divergence(self, dim: int) -> None:
+    def _warn(self, dim: int) -> None:
         """Say when the settings make the particles run away."""
 
     def _agree_on_seed(self, device: torch.device) -> int:
         if self._seed is not None:
             return self._seed
-        return int(self._ranks.agree(torch.randint(2**62, ()).to(device)))
+        return int(self.ranks.agree(torch.randint(2**62, ()).to(device)))
 
     def _make_generator(self, swarm: dict[str, Any], device: torch.device) -> torch.Generator:
         generator = torch.Generator(device)
-        stream, streams = self._ranks.stream
+        stream, streams = self.ranks.stream
         saved = swarm["generators"]
         if len(saved) == streams and len(saved[stream]) == len(generator.get_state()):
             return generator.set_state(saved[stream].cpu().clone())  # a view crashes it
@@ -413,7 +400,7 @@ class ParticleOptimizer(Optimizer):
     @property
     def particles_sharded(self) -> bool:
         """Whether this rank holds a part of the particles, so that all ranks must evaluate them on the same data."""
-        return self._ranks.own_particles
+        return self.ranks.own_particles
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -435,12 +422,12 @@ class ParticleOptimizer(Optimizer):
                 )
             swarm = self._consolidated or self._with_generator()
             result["state"] = {"swarm": swarm}
-            if self._ranks.own_coordinates:
+            if self.ranks.own_coordinates:
                 swarm["generators"] = torch.stack(
-                    self._ranks.gather(swarm["generators"][0].to(swarm["best_loss"].device))
+                    self.ranks.gather(swarm["generators"][0].to(swarm["best_loss"].device))
                 )
-                states = by_parameter(swarm, self._layout.params, (*self._by_particle, *self._by_run))
-                result["state"] = dict(zip(self._layout.positions, states, strict=True))
+                states = by_parameter(swarm, self.layout.params, (*self._by_particle, *self._by_run))
+                result["state"] = dict(zip(self.layout.positions, states, strict=True))
         return result
 
     @torch.no_grad()
@@ -452,9 +439,9 @@ class ParticleOptimizer(Optimizer):
             key: value.cpu() if isinstance(value, Tensor) else value for key, value in self._with_generator().items()
         }
         parts: list[Any] | None = None
-        if self._ranks.rank == to:
-            parts = [None] * self._ranks.size
-        dist.gather_object(mine, parts, group=self._ranks.group, group_dst=to)
+        if self.ranks.rank == to:
+            parts = [None] * self.ranks.size
+        dist.gather_object(mine, parts, group=self.ranks.group, group_dst=to)
         if parts is None:
             return
         losses, which = torch.stack([part["best_loss"] for part in parts]).min(0)
@@ -478,6 +465,7 @@ class ParticleOptimizer(Optimizer):
         Raises:
             ValueError: the parameters are DTensors and the state is of ones that are not.
         """
+        check_own_state(self, state_dict, self._state_names())
         super().load_state_dict({**state_dict, "state": {}})
         self.defaults.update({key: self.param_groups[0][key] for key in self._shared})
         self.state.clear()
@@ -485,25 +473,29 @@ class ParticleOptimizer(Optimizer):
         self._forget()
         saved = state_dict["state"]
         if "swarm" in saved:
-            if self._ranks.own_coordinates:
+            if self.ranks.own_coordinates:
                 raise ValueError(
                     "state_dict is of parameters that are not DTensors, and cannot go on with FSDP2; load it without"
                 )
             swarm = {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved["swarm"].items()}
             if self.particles_sharded:
-                rank, rows = self._ranks.rank, self._ranks.local(self.num_particles)
+                rank, rows = self.ranks.rank, self.ranks.local(self.num_particles)
                 for key in (*self._by_particle, *self._losses_by_particle):
                     swarm[key] = swarm[key][:, rank * rows : (rank + 1) * rows].clone()
             self.state["swarm"] = swarm
         elif saved:
             keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-            states = [saved[keys[i]] for i in self._layout.positions]
-            self.state["swarm"] = by_column(states, self._layout.params, (*self._by_particle, *self._by_run))
+            states = [saved[keys[i]] for i in self.layout.positions]
+            self.state["swarm"] = by_column(states, self.layout.params, (*self._by_particle, *self._by_run))
+
+    def _state_names(self) -> set[str]:
+        common = {"seed", "generators", "best_loss", "leader", "steps"}
+        return common.union(self._by_particle, self._losses_by_particle, self._by_run)
 
     def __getstate__(self) -> dict[str, Any]:
         if "swarm" in self.state:
             self.state["swarm"] = self._with_generator()
-        return {**super().__getstate__(), "_seed": self._seed, "_ranks": dataclasses.replace(self._ranks, group=None)}
+        return {**super().__getstate__(), "_seed": self._seed, "ranks": dataclasses.replace(self.ranks, group=None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -514,13 +506,3 @@ class ParticleOptimizer(Optimizer):
         swarm = self._prepare()
         assert self._generator is not None
         return {**swarm, "generators": [self._generator.get_state()]}
-
-
-def _needs_argument(closure: Callable[..., Any]) -> bool:
-    if isinstance(closure, FunctionType):  # the usual case, without the time that a signature takes
-        return closure.__code__.co_argcount > len(closure.__defaults__ or ())
-    try:
-        inspect.signature(closure).bind()
-    except TypeError:
-        return True
-    return False

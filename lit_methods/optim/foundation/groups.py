@@ -37,10 +37,47 @@ def check_fractions(**values: float | None) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
+def check_share(**values: float) -> None:
+    """Raise unless each value is in (0, 1)."""
+    for name, value in values.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must be in (0, 1), got {value}")
+
+
+def check_factor(**values: float) -> None:
+    """Raise unless each value is a finite number >= 1."""
+    for name, value in values.items():
+        if not 1 <= value < math.inf:
+            raise ValueError(f"{name} must be >= 1 and finite, got {value}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_keys(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Refuse settings that a parameter group cannot have of its own."""
+    for key in group.keys() - defaults.keys() - {"params", "param_names"}:
+        raise ValueError(
+            f"{key} is no setting of a parameter group, got {group[key]!r}; groups have {sorted(defaults)}"
+        )
+
+
+def check_shared(group: dict[str, Any], defaults: dict[str, Any], keys: Sequence[str]) -> None:
+    """Refuse a group whose value of one of ``keys``, which all groups share, is another one."""
+    for key in keys:
+        value = group.get(key, defaults[key])
+        if value is not defaults[key] and value != defaults[key]:
+            raise ValueError(f"{key} is shared by all parameter groups, got {group[key]!r} for one of them")
+
+
+def check_real(params: Sequence[Tensor]) -> None:
+    """Refuse parameters that are not real floating point."""
+    for p in params:
+        if not p.is_floating_point():
+            raise ValueError(f"params must be real floating point, got {p.dtype}; view complex ones as real")
 
 
 def check_own_state(optimizer: Optimizer, state_dict: dict[str, Any], known: set[str]) -> None:
@@ -63,3 +100,16 @@ def check_gradients(params: Sequence[Tensor], name: str) -> None:
     """Refuse sparse gradients in the name of the optimizer."""
     if any(p.grad is not None and p.grad.layout is not torch.strided for p in params):
         raise RuntimeError(f"{name} does not support sparse gradients; build the embedding with sparse=False")
+
+
+def count_round(state: dict[Any, dict[str, Any]], group: dict[str, Any], params: Sequence[Tensor]) -> int:
+    """Count one more round of the group, in the state of ``params``, which take part in it; the number from 1."""
+    number = rounds_so_far(state, group) + 1
+    for p in params:
+        state[p]["rounds"] = number
+    return number
+
+
+def rounds_so_far(state: dict[Any, dict[str, Any]], group: dict[str, Any]) -> int:
+    """Rounds of the group: of the parameter that has seen the most."""
+    return max((state[p].get("rounds", 0) for p in group["params"] if p in state), default=0)

@@ -23,6 +23,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lit_methods.optim.foundation.flat import FlatLayout, by_column, by_parameter, is_dtensor, local_grad, local_tensor
 from lit_methods.optim.foundation.groups import check_own_state
+from lit_methods.optim.foundation.ranks import world_size
 from lit_methods.optim.mfac.window import precondition
 
 __all__ = ["MFAC"]
@@ -335,8 +336,7 @@ class MFAC(Optimizer):
 
     @property
     def _sharded(self) -> bool:
-        ready = self._shard_history and dist.is_available() and dist.is_initialized()
-        return ready and dist.get_world_size(self._group) > 1
+        return self._shard_history and world_size(self._group) > 1
 
     @property
     def _window(self) -> dict[str, Any]:

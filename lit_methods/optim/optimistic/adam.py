@@ -37,6 +37,12 @@ class OptimisticAdam(OnlineOptimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "rounds",
+        "exp_avg",
+        "exp_avg_sq",
+        "last",
+    )
     takes_dtensors = True
 
     def __init__(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lit_methods.optim.foundation.flat import is_dtensor, local_grad, local_tensor
-from lit_methods.optim.foundation.groups import check_gradients
+from lit_methods.optim.foundation.groups import check_gradients, check_own_state
 
 Hint = Callable[[Tensor], Tensor]
 
@@ -21,6 +21,7 @@ class OnlineOptimizer(Optimizer):
     """
 
     takes_dtensors = False
+    state_names: tuple[str, ...]  # what the state of a parameter may hold
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its own values of the hyperparameters are validated like the constructor's."""
@@ -69,6 +70,7 @@ class OnlineOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; tensors are copied to their parameter's device and keep their dtype."""
+        check_own_state(self, state_dict, {*self.state_names})
         super().load_state_dict({**state_dict, "state": {}})
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

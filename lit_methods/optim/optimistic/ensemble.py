@@ -54,6 +54,15 @@ class OptimisticEnsemble(OnlineOptimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "x_hats",
+        "points",
+        "log_weights",
+        "expected",
+        "moved",
+        "surprise",
+    )
+
     def __init__(
         self,
         params: ParamsT,
@@ -126,12 +135,12 @@ class OptimisticEnsemble(OnlineOptimizer):
         first = group["params"][0]
         count = len(group["step_sizes"])
         for p in group["params"]:
-            if "anchors" not in self.state[p]:
+            if "x_hats" not in self.state[p]:
                 stacked = p.detach().to(state_dtype(p)).expand(count, *p.shape)
-                self.state[p].update(anchors=stacked.clone(), points=stacked.clone())
+                self.state[p].update(x_hats=stacked.clone(), points=stacked.clone())
         meta = self.state[first]
         if "log_weights" not in meta:
-            zeros = torch.zeros(count, dtype=meta["anchors"].dtype, device=first.device)
+            zeros = torch.zeros(count, dtype=meta["x_hats"].dtype, device=first.device)
             meta["prior"] = zeros.clone()  # log p-hat up to a constant (greedy), or minus the sum of losses (lazy)
             meta["log_weights"] = zeros.log_softmax(0)
             meta.update(expected=zeros.clone(), moved=zeros.clone(), surprise=zeros.new_zeros(()))
@@ -149,16 +158,16 @@ class OptimisticEnsemble(OnlineOptimizer):
 
         etas = group["lr"] * meta["steps"]
         steps = [etas.view(-1, *[1] * g.ndim) * g for g in gradients]
-        anchors = apply_constraint(self._constraint, [s["anchors"] - d for s, d in zip(states, steps, strict=True)], 1)
-        points = apply_constraint(self._constraint, [a - d for a, d in zip(anchors, steps, strict=True)], 1)
+        x_hats = apply_constraint(self._constraint, [s["x_hats"] - d for s, d in zip(states, steps, strict=True)], 1)
+        points = apply_constraint(self._constraint, [a - d for a, d in zip(x_hats, steps, strict=True)], 1)
         moves = [(x - s["points"]).square().reshape(len(x), -1).sum(1) for x, s in zip(points, states, strict=True)]
         meta["moved"].copy_(group["stability"] * torch.stack(moves).sum(0))
         meta["expected"].copy_(_inner(gradients, points) + meta["moved"])
         prior = meta["prior"] if self._meta == "greedy" else rate * meta["prior"]
         meta["log_weights"].copy_((prior - rate * meta["expected"]).log_softmax(0))
         weights = meta["log_weights"].exp()
-        for p, state, a, x in zip(params, states, anchors, points, strict=True):
-            state["anchors"].copy_(a)
+        for p, state, a, x in zip(params, states, x_hats, points, strict=True):
+            state["x_hats"].copy_(a)
             state["points"].copy_(x)
             p.copy_(torch.tensordot(weights.to(x), x, 1))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from lit_methods.optim.foundation.closures import RepeatedClosure
 from lit_methods.optim.foundation.flat import local_tensor
 from lit_methods.optim.foundation.groups import check_gradients
 from lit_methods.optim.optimistic.adam import adam_directions, check_adam_group
@@ -23,6 +24,12 @@ class _Extrapolating(OnlineOptimizer):
     """``extrapolation()`` and ``step()``; subclasses give the direction of a move."""
 
     takes_dtensors = True
+    gradients_cleared = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.gradients_cleared = True
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def extrapolation(self) -> None:
@@ -49,14 +56,14 @@ class _Extrapolating(OnlineOptimizer):
             The loss at the point where the round began, or None without a closure.
 
         Raises:
-            RuntimeError: without a closure and without :meth:`extrapolation` before.
+            RuntimeError: without a closure and without :meth:`extrapolation` before; accumulated gradients.
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-                self.extrapolation()
-                closure()
+            evaluate = RepeatedClosure(self, closure)
+            loss = evaluate()
+            self.extrapolation()
+            evaluate()
         for group, params in self._active():
             directions = self._directions(group, params)
             if any("origin" not in self.state[p] for p in params):
@@ -106,6 +113,8 @@ class ExtraGradient(_Extrapolating):
         RuntimeError: in :meth:`step`, for sparse gradients, or without closure and extrapolation.
     """
 
+    state_names = ("origin",)
+
     def __init__(self, params: ParamsT, lr: float = 1e-2, weight_decay: float = 0.0, *, maximize: bool = False) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
@@ -130,6 +139,13 @@ class ExtraAdam(_Extrapolating):
         ValueError: a hyperparameter out of range.
         RuntimeError: in :meth:`step`, for sparse gradients, or without closure and extrapolation.
     """
+
+    state_names = (
+        "origin",
+        "rounds",
+        "exp_avg",
+        "exp_avg_sq",
+    )
 
     def __init__(
         self,

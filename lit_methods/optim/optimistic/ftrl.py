@@ -31,7 +31,7 @@ class _Leader(OnlineOptimizer):
         check_optimism(optimism)
         self._constraint = constraint
         self._optimism = optimism
-        super().__init__(params, defaults | {"rounds": 0})
+        super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_constraint": self._constraint, "_optimism": self._optimism}
@@ -43,7 +43,7 @@ class _Leader(OnlineOptimizer):
             raise ValueError(f"weight_decay must be >= 0 and finite, got {group['weight_decay']}")
         if not any(p.is_meta for p in group["params"]):
             with torch.no_grad():
-                self._play(group["params"], [p.to(state_dtype(p)) for p in group["params"]])
+                self._write_played(group["params"], [p.to(state_dtype(p)) for p in group["params"]])
 
     def _guesses(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor] | None:
         if self._optimism == "none":
@@ -52,7 +52,7 @@ class _Leader(OnlineOptimizer):
             return [loss_gradient(p, group, self._optimism(p)) for p in params]
         return gradients
 
-    def _play(self, params: list[Tensor], points: list[Tensor]) -> None:
+    def _write_played(self, params: list[Tensor], points: list[Tensor]) -> None:
         for p, x in zip(params, apply_constraint(self._constraint, points), strict=True):
             p.copy_(x)
 
@@ -80,6 +80,13 @@ class OptimisticFTRL(_Leader):
         ValueError: a hyperparameter out of range, or DTensor parameters.
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
+
+    state_names = (
+        "start",
+        "sum",
+        "guess",
+        "weighted",
+    )
 
     def __init__(
         self,
@@ -117,7 +124,6 @@ class OptimisticFTRL(_Leader):
             shared = state if shared is None else shared
         if group["lr"] == 0:
             return
-        group["rounds"] += 1
         states = [self.state[p] for p in params]
         gradients = [loss_gradient(p, group) for p in params]
         weighted = states[0]["weighted"]
@@ -134,7 +140,7 @@ class OptimisticFTRL(_Leader):
                 state["guess"].copy_(guesses[i])
                 total = total + guesses[i]
             points.append(state["start"] - 0.5 * eta.to(g.device) * total)
-        self._play(params, points)
+        self._write_played(params, points)
 
 
 class OptimisticFTL(_Leader):
@@ -159,6 +165,12 @@ class OptimisticFTL(_Leader):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "points",
+        "sum",
+        "rounds",
+    )
+
     def __init__(
         self,
         params: ParamsT,
@@ -180,7 +192,6 @@ class OptimisticFTL(_Leader):
                 self.state[p].update(points=zeros, sum=zeros.clone(), rounds=0)
         if group["lr"] == 0:
             return
-        group["rounds"] += 1
         gradients = [loss_gradient(p, group) for p in params]
         guesses = self._guesses(group, params, gradients)
         played = []
@@ -192,4 +203,4 @@ class OptimisticFTL(_Leader):
             total = state["sum"] if guesses is None else state["sum"] + guesses[i]
             scale = group["lr"] / group["strong_convexity"]
             played.append((state["points"] - scale * total) / state["rounds"])
-        self._play(params, played)
+        self._write_played(params, played)

@@ -55,6 +55,13 @@ class ImplicitOMD(OnlineOptimizer):
             sparse gradients.
     """
 
+    state_names = (
+        "x_hat",
+        "guess",
+        "variation",
+        "max_square",
+    )
+
     def __init__(
         self,
         params: ParamsT,
@@ -83,7 +90,7 @@ class ImplicitOMD(OnlineOptimizer):
             raise ValueError(f"weight_decay must be >= 0 and finite, got {group['weight_decay']}")
         if not any(p.is_meta for p in group["params"]):
             with torch.no_grad():
-                self._play(group["params"], [p.to(state_dtype(p)) for p in group["params"]])
+                self._write_played(group["params"], [p.to(state_dtype(p)) for p in group["params"]])
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -115,15 +122,15 @@ class ImplicitOMD(OnlineOptimizer):
             if prox is None:
                 evaluate()
             for (group, params), eta in zip(active, steps, strict=True):
-                anchors = [self.state[p]["anchor"] for p in params]
+                x_hats = [self.state[p]["x_hat"] for p in params]
                 if prox is not None:
-                    self._play(params, [prox(anchor, eta) for anchor in anchors])
+                    self._write_played(params, [prox(x_hat, eta) for x_hat in x_hats])
                     continue
                 moved = []
-                for p, anchor in zip(params, anchors, strict=True):
-                    x = p.to(anchor.dtype)
-                    moved.append(x - 2 / (j + 1) * (eta * loss_gradient(p, group) + x - anchor))
-                self._play(params, moved)
+                for p, x_hat in zip(params, x_hats, strict=True):
+                    x = p.to(x_hat.dtype)
+                    moved.append(x - 2 / (j + 1) * (eta * loss_gradient(p, group) + x - x_hat))
+                self._write_played(params, moved)
         evaluate()
         for group, params in active:
             for p in params:
@@ -137,7 +144,7 @@ class ImplicitOMD(OnlineOptimizer):
         for p in params:
             state, dtype = self.state[p], state_dtype(p)
             if not state:
-                state.update(anchor=p.detach().to(dtype, copy=True), guess=torch.zeros_like(p, dtype=dtype))
+                state.update(x_hat=p.detach().to(dtype, copy=True), guess=torch.zeros_like(p, dtype=dtype))
                 for name in ("variation", "max_square"):
                     state[name] = torch.zeros((), dtype=dtype, device=p.device)
             if shared is not None:
@@ -153,10 +160,10 @@ class ImplicitOMD(OnlineOptimizer):
         errors = [(g - s["guess"]).square().sum() for g, s in zip(gradients, states, strict=True)]
         variation.add_(torch.stack([e.to(variation.device) for e in errors]).sum())
         torch.maximum(largest, square, out=largest)
-        anchors = [s["anchor"] - eta * g for s, g in zip(states, gradients, strict=True)]
-        for state, x in zip(states, apply_constraint(self._constraint, anchors), strict=True):
-            state["anchor"].copy_(x)
-        self._play(params, [s["anchor"] for s in states])
+        x_hats = [s["x_hat"] - eta * g for s, g in zip(states, gradients, strict=True)]
+        for state, x in zip(states, apply_constraint(self._constraint, x_hats), strict=True):
+            state["x_hat"].copy_(x)
+        self._write_played(params, [s["x_hat"] for s in states])
         return self._step_size(group, largest, variation)
 
     @staticmethod
@@ -164,7 +171,7 @@ class ImplicitOMD(OnlineOptimizer):
         under = 4 * bound + variation
         return torch.where(under > 0, group["lr"] * under.rsqrt(), 0.0)
 
-    def _play(self, params: list[Tensor], points: list[Tensor]) -> None:
+    def _write_played(self, params: list[Tensor], points: list[Tensor]) -> None:
         for p, x in zip(params, apply_constraint(self._constraint, points), strict=True):
             p.copy_(x)
 

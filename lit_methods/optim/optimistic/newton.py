@@ -52,6 +52,13 @@ class OptimisticOnlineNewton(OnlineOptimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "rounds",
+        "x_hat",
+        "matrix",
+        "inverse",
+    )
+
     def __init__(
         self,
         params: ParamsT,
@@ -79,7 +86,6 @@ class OptimisticOnlineNewton(OnlineOptimizer):
                 "radius": radius,
                 "weight_decay": weight_decay,
                 "maximize": maximize,
-                "rounds": 0,
             },
         )
 
@@ -117,10 +123,10 @@ class OptimisticOnlineNewton(OnlineOptimizer):
         if not state:
             flat = _flatten(group["params"])
             eye = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
-            state.update(anchor=flat.clone(), matrix=eye * group["epsilon"], inverse=eye / group["epsilon"])
+            state.update(x_hat=flat.clone(), matrix=eye * group["epsilon"], inverse=eye / group["epsilon"])
         if group["lr"] == 0:
             return
-        group["rounds"] += 1
+        state["rounds"] = state.get("rounds", 0) + 1
         present = [p.grad is not None for p in group["params"]]
         g = _flatten(
             [
@@ -128,10 +134,10 @@ class OptimisticOnlineNewton(OnlineOptimizer):
                 for p, has in zip(group["params"], present, strict=True)
             ]
         )
-        anchor, matrix, inverse = state["anchor"], state["matrix"], state["inverse"]
-        anchor.copy_(self._project(anchor - group["lr"] * (inverse @ g), matrix, group["radius"]))
-        add_rank_one_(matrix, inverse, g, 0.5 * group["beta"], refactor=group["rounds"] % len(g) == 0)
-        played = anchor
+        x_hat, matrix, inverse = state["x_hat"], state["matrix"], state["inverse"]
+        x_hat.copy_(project_onto_ball(x_hat - group["lr"] * (inverse @ g), matrix, group["radius"]))
+        add_rank_one_(matrix, inverse, g, 0.5 * group["beta"], refactor=state["rounds"] % len(g) == 0)
+        played = x_hat
         if self._optimism != "none":
             guess = g
             if callable(self._optimism):
@@ -140,17 +146,11 @@ class OptimisticOnlineNewton(OnlineOptimizer):
                     for p, has in zip(group["params"], present, strict=True)
                 ]
                 guess = _flatten(hints)
-            played = self._project(anchor - group["lr"] * (inverse @ guess), matrix, group["radius"])
+            played = project_onto_ball(x_hat - group["lr"] * (inverse @ guess), matrix, group["radius"])
         parts = played.split([p.numel() for p in group["params"]])
         for p, part, has in zip(group["params"], parts, present, strict=True):
             if has:
                 p.copy_(part.view_as(p))
-
-    @staticmethod
-    def _project(y: Tensor, matrix: Tensor, radius: float | None) -> Tensor:
-        if radius is None or bool(y.norm() <= radius):
-            return y
-        return project_matrix_ball(y, matrix, radius)
 
 
 def project_matrix_ball(y: Tensor, matrix: Tensor, radius: float) -> Tensor:
@@ -159,6 +159,13 @@ def project_matrix_ball(y: Tensor, matrix: Tensor, radius: float) -> Tensor:
     z = basis.T @ y
     nu = weighted_ball_multiplier(weights, z, radius)
     return basis @ (weights * z / (weights + nu))
+
+
+def project_onto_ball(y: Tensor, matrix: Tensor, radius: float | None) -> Tensor:
+    """``y`` where it is inside, or there is no ball, else :func:`project_matrix_ball`. Synchronises."""
+    if radius is None or bool(y.norm() <= radius):
+        return y
+    return project_matrix_ball(y, matrix, radius)
 
 
 def add_rank_one_(matrix: Tensor, inverse: Tensor, g: Tensor, scale: float, refactor: bool = False) -> None:

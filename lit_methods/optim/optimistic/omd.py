@@ -24,7 +24,7 @@ from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Ball, Constraint, L1Ball, Simplex, apply_constraint
 from lit_methods.optim.foundation.flat import is_dtensor, local_tensor
-from lit_methods.optim.foundation.groups import check_positive
+from lit_methods.optim.foundation.groups import check_positive, count_round, rounds_so_far
 from lit_methods.optim.mirror_maps import (
     SMALLEST_PROBABILITY,
     DiagonalAdaGrad,
@@ -101,6 +101,16 @@ class OptimisticOMD(OnlineOptimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
+    state_names = (
+        "rounds",
+        "variation",
+        "max_square",
+        "step_size",
+        "average",
+        "squares",
+        "x_hat",
+        "guess",
+    )
     takes_dtensors = True
 
     def __init__(
@@ -146,7 +156,6 @@ class OptimisticOMD(OnlineOptimizer):
                 "weight_decay": weight_decay,
                 "maximize": maximize,
                 "foreach": foreach,
-                "rounds": 0,
                 "played_step": None,
             },
         )
@@ -223,17 +232,17 @@ class OptimisticOMD(OnlineOptimizer):
         states = self._states(group, params)
         if group["lr"] == 0:
             return
-        group["rounds"] += 1
+        rounds = count_round(self.state, group, params)
         if self._average:
             for p, state in zip(params, states, strict=True):
-                local_tensor(state["average"]).lerp_(local_tensor(p).to(state["average"].dtype), 1 / group["rounds"])
+                local_tensor(state["average"]).lerp_(local_tensor(p).to(state["average"].dtype), 1 / rounds)
         gradients = [loss_gradient(p, group) for p in params]
         if self._per_parameter and self._step_size == "adaptive":
             for p, state, g in zip(params, states, gradients, strict=True):
                 self._play(group, [p], [state], [g])
         else:
             self._play(group, params, states, gradients)
-        group["played_step"] = self._scheduled_step(group, group["rounds"] + 1)
+        group["played_step"] = self._scheduled_step(group, rounds + 1)
 
     def _states(self, group: dict[str, Any], params: list[Tensor]) -> list[dict[str, Any]]:
         """State of each parameter, made when its first gradient comes; the group's numbers are one tensor for all."""
@@ -243,7 +252,7 @@ class OptimisticOMD(OnlineOptimizer):
         for p in params:
             state = self.state[p]
             if not state:
-                self._init_state(p, state, self._anchored(group))
+                self._init_state(p, state, self._keeps_x_hat(group))
             if numbers and not self._per_parameter:
                 for name in numbers:
                     state[name] = state[name] if shared is None else shared[name]
@@ -251,7 +260,7 @@ class OptimisticOMD(OnlineOptimizer):
             states.append(state)
         return states
 
-    def _init_state(self, p: Any, state: dict[str, Any], anchored: bool) -> None:
+    def _init_state(self, p: Any, state: dict[str, Any], keeps_x_hat: bool) -> None:
         dtype = state_dtype(p)
         if self._step_size == "adaptive":
             for name in ("variation", "max_square", "step_size"):
@@ -260,16 +269,16 @@ class OptimisticOMD(OnlineOptimizer):
             state["average"] = p.detach().to(dtype, copy=True)
         if isinstance(self._mirror, DiagonalAdaGrad):
             state["squares"] = torch.zeros_like(p, dtype=dtype)
-        if anchored:
-            state["anchor"] = torch.zeros_like(p, dtype=dtype)
-            local_tensor(state["anchor"]).copy_(self._mirror.coordinates(local_tensor(p).to(dtype)))
+        if keeps_x_hat:
+            state["x_hat"] = torch.zeros_like(p, dtype=dtype)
+            local_tensor(state["x_hat"]).copy_(self._mirror.coordinates(local_tensor(p).to(dtype)))
         needs_error = self._step_size == "adaptive" or isinstance(self._mirror, DiagonalAdaGrad)
-        if self._optimism != "none" and (needs_error or not anchored):
+        if self._optimism != "none" and (needs_error or not keeps_x_hat):
             state["guess"] = torch.zeros_like(p, dtype=dtype)
 
-    def _anchored(self, group: dict[str, Any]) -> bool:
+    def _keeps_x_hat(self, group: dict[str, Any]) -> bool:
         """Whether the group's state holds x-hat (in mirror coordinates), which the difference form does without."""
-        plain = type(self._mirror) is Euclidean and self._constraint is None
+        plain = isinstance(self._mirror, Euclidean) and self._constraint is None
         return not plain or any(p.dtype.itemsize < 4 for p in group["params"])
 
     def _scheduled_step(self, group: dict[str, Any], t: int) -> float:
@@ -282,25 +291,63 @@ class OptimisticOMD(OnlineOptimizer):
         self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]], gradients: list[Tensor]
     ) -> None:
         """One round of parameters that share a step size."""
-        guesses = [local_tensor(state["guess"]) for state in states if "guess" in state]
         hints: list[Tensor] | None = gradients
         if self._optimism == "none":
             hints = None
         elif callable(self._optimism):
             hints = [loss_gradient(p, group, self._optimism(p)) for p in params]
         foreach = local_tensor(params[0]).is_cuda if group["foreach"] is None else group["foreach"]
+        if self._keeps_x_hat(group):
+            self._play_from_x_hat(group, params, states, gradients, hints, foreach)
+        else:
+            self._play_by_differences(group, params, states, gradients, hints, foreach)
+
+    def _play_from_x_hat(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        gradients: list[Tensor],
+        hints: list[Tensor] | None,
+        foreach: bool,
+    ) -> None:
+        """Both steps of the algorithm as it stands in the paper."""
+        guesses = [local_tensor(state["guess"]) for state in states if "guess" in state]
+        errors = [m - g for m, g in zip(guesses, gradients, strict=True)] if guesses else gradients
+        eta, next_eta = self._steps(group, params, states[0], gradients, errors)
+        mirror = self._mirror
+        x_hats = [local_tensor(state["x_hat"]) for state in states]
+        weights = next_weights = None
+        if isinstance(mirror, DiagonalAdaGrad):
+            squares = [local_tensor(state["squares"]) for state in states]
+            weights = [mirror.metric(s, g) for s, g in zip(squares, gradients, strict=True)]
+            for s, error in zip(squares, errors, strict=True):
+                s.addcmul_(error, error)
+            next_weights = [mirror.metric(s, g) for s, g in zip(squares, gradients, strict=True)]
+        for x_hat, y in zip(x_hats, self._descend(x_hats, gradients, eta, params, weights), strict=True):
+            x_hat.copy_(y)
+        played = x_hats if hints is None else self._descend(x_hats, hints, next_eta, params, next_weights)
+        for p, y in zip(params, played, strict=True):
+            local_tensor(p).copy_(mirror.point(y))
+        if guesses and hints is not None:
+            _copy_(guesses, hints, foreach)
+
+    def _play_by_differences(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        gradients: list[Tensor],
+        hints: list[Tensor] | None,
+        foreach: bool,
+    ) -> None:
+        """The unconstrained Euclidean case, which needs no x-hat."""
+        guesses = [local_tensor(state["guess"]) for state in states if "guess" in state]
         errors = gradients  # g - M up to its sign
-        if guesses and "variation" in states[0] and "anchor" not in states[0]:
+        if guesses and self._step_size == "adaptive":
             _add_scaled_(guesses, gradients, -1.0, foreach)  # in place: both the variation and the update need M - g
             errors = guesses
-        elif guesses and "anchor" in states[0]:
-            errors = [m - g for m, g in zip(guesses, gradients, strict=True)]
         eta, next_eta = self._steps(group, params, states[0], gradients, errors)
-        if "anchor" in states[0]:
-            self._move_anchors(params, states, gradients, errors, hints, eta, next_eta)
-            if guesses and hints is not None:
-                _copy_(guesses, hints, foreach)
-            return
         points = [local_tensor(p) for p in params]
         if hints is None:
             _add_scaled_(points, gradients, -eta, foreach)
@@ -320,7 +367,8 @@ class OptimisticOMD(OnlineOptimizer):
     ) -> tuple[Any, Any]:
         """eta_t, which has not seen g_t, and eta_{t+1}, which has."""
         if self._step_size != "adaptive":
-            step, following = (self._scheduled_step(group, group["rounds"] + i) for i in (0, 1))
+            rounds = rounds_so_far(self.state, group)
+            step, following = (self._scheduled_step(group, rounds + i) for i in (0, 1))
             played = group["played_step"]
             return (step if played is None or self._optimism == "none" else played), following
         variation, largest, played = numbers["variation"], numbers["max_square"], numbers["step_size"]
@@ -339,40 +387,13 @@ class OptimisticOMD(OnlineOptimizer):
         return eta, played
 
     def _dual_square(self, tensors: list[Tensor], params: list[Tensor]) -> Tensor:
-        if type(self._mirror) is Euclidean:
+        if isinstance(self._mirror, Euclidean):
             return sum_over_shards([norm.square() for norm in torch._foreach_norm(tensors)], params)
         return sum_over_shards([self._mirror.dual_square(x) for x in tensors], params)
 
-    def _move_anchors(
-        self,
-        params: list[Tensor],
-        states: list[dict[str, Any]],
-        gradients: list[Tensor],
-        errors: list[Tensor],
-        hints: list[Tensor] | None,
-        eta: Any,
-        next_eta: Any,
-    ) -> None:
-        """Both steps of the algorithm as it stands in the paper."""
-        mirror = self._mirror
-        anchors = [local_tensor(state["anchor"]) for state in states]
-        weights = next_weights = None
-        if isinstance(mirror, DiagonalAdaGrad):
-            squares = [local_tensor(state["squares"]) for state in states]
-            weights = [_metric(s, g, mirror.epsilon) for s, g in zip(squares, gradients, strict=True)]
-            for s, error in zip(squares, errors, strict=True):
-                s.addcmul_(error, error)
-            next_weights = [_metric(s, g, mirror.epsilon) for s, g in zip(squares, gradients, strict=True)]
-        moved = self._descend(anchors, gradients, eta, params, weights)
-        for anchor, y in zip(anchors, moved, strict=True):
-            anchor.copy_(y)
-        played = anchors if hints is None else self._descend(anchors, hints, next_eta, params, next_weights)
-        for p, y in zip(params, played, strict=True):
-            local_tensor(p).copy_(mirror.point(y))
-
     def _descend(
         self,
-        anchors: list[Tensor],
+        x_hats: list[Tensor],
         gradients: list[Tensor],
         eta: Any,
         params: list[Tensor],
@@ -383,7 +404,7 @@ class OptimisticOMD(OnlineOptimizer):
         scaled = [(eta.to(g.device) if isinstance(eta, Tensor) else eta) * g for g in gradients]
         if weights is not None:
             scaled = [g / w for g, w in zip(scaled, weights, strict=True)]
-        moved = [mirror.move(a, g) for a, g in zip(anchors, scaled, strict=True)]
+        moved = [mirror.move(x, g) for x, g in zip(x_hats, scaled, strict=True)]
         if self._constraint is None or isinstance(mirror, Entropy):
             return moved
         points = self._project([mirror.point(y) for y in moved], params, weights)
@@ -445,11 +466,6 @@ def _move_by_differences(
         _add_scaled_(points, guesses, eta, foreach)
         _add_scaled_(points, hints, -next_eta, foreach)
     _copy_(guesses, hints, foreach)
-
-
-def _metric(squares: Tensor, gradient: Tensor, epsilon: float) -> Tensor:
-    metric = torch.where(squares > 0, squares.sqrt(), gradient.abs()) + epsilon
-    return torch.where(metric > 0, metric, 1.0)
 
 
 def _add_scaled_(targets: list[Tensor], sources: list[Tensor], scale: float | Tensor, foreach: bool) -> None:

@@ -13,7 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lit_methods.optim.sso.surrogate import inner_product, mean_over_ranks
+from lit_methods.optim.foundation.closures import RepeatedClosure
+from lit_methods.optim.foundation.groups import (
+    check_at_least,
+    check_factor,
+    check_nonnegative,
+    check_own_state,
+    check_real,
+    check_share,
+    check_shared,
+)
+from lit_methods.optim.foundation.ranks import mean_over_ranks
+from lit_methods.optim.sso.surrogate import inner_product
 
 __all__ = ["ArmijoSGD"]
 
@@ -41,6 +52,7 @@ class ArmijoSGD(Optimizer):
         RuntimeError: in :meth:`step`: no closure; sparse gradients.
     """
 
+    gradients_cleared = False
     state: dict[Any, Any]  # type: ignore[assignment]  # the accepted step is no one parameter's: key "armijo"
 
     def __init__(
@@ -54,32 +66,33 @@ class ArmijoSGD(Optimizer):
         *,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        for name, share in (("c", c), ("decay", decay)):
-            if not 0 < share < 1:
-                raise ValueError(f"{name} must be in (0, 1), got {share}")
-        if not grow >= 1:
-            raise ValueError(f"grow must be >= 1, got {grow}")
-        if max_trials < 1:
-            raise ValueError(f"max_trials must be >= 1, got {max_trials}")
+        check_share(c=c, decay=decay)
+        check_factor(grow=grow)
+        check_at_least(1, max_trials=max_trials)
         self._group = process_group
         super().__init__(params, {"lr": lr, "c": c, "decay": decay, "grow": grow, "max_trials": max_trials})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it shares every setting but ``lr=0`` with the others."""
+        check_shared(param_group, self.defaults, ("c", "decay", "grow", "max_trials"))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if not group["lr"] >= 0:
-                raise ValueError(f"lr must be >= 0, got {group['lr']}")
-            for p in group["params"]:
-                if not p.is_floating_point():
-                    raise ValueError(f"params must be real floating point, got {p.dtype} (complex: view as real)")
-            for key in ("c", "decay", "grow", "max_trials"):
-                if group[key] != self.param_groups[0][key]:
-                    raise ValueError(f"{key} is shared by all parameter groups, got {group[key]!r} for one of them")
+            check_nonnegative(lr=group["lr"])
+            check_real(group["params"])
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.gradients_cleared = True
+        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state."""
+        check_own_state(self, state_dict, {"step_size"})
+        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -104,8 +117,8 @@ class ArmijoSGD(Optimizer):
             if greatest == 0:
                 return None
             raise RuntimeError("ArmijoSGD evaluates the loss more than once: call step(closure)")
-        with torch.enable_grad():
-            loss = closure()
+        again = RepeatedClosure(self, closure)
+        loss = again()
         active = [p for g in self.param_groups if g["lr"] for p in g["params"] if p.grad is not None]
         if loss is None or not active:
             return loss
@@ -124,11 +137,7 @@ class ArmijoSGD(Optimizer):
             step_size *= group["decay"] if trial else 1.0
             torch._foreach_copy_(active, start)
             torch._foreach_add_(active, grads, alpha=-step_size)
-            if evaluate is not None:
-                new = self._mean(evaluate())
-            else:
-                with torch.enable_grad():
-                    new = self._mean(closure())
+            new = self._mean(again() if evaluate is None else evaluate())
             if new <= value - group["c"] * step_size * slope:
                 break
         else:
@@ -137,6 +146,4 @@ class ArmijoSGD(Optimizer):
         return loss
 
     def _mean(self, loss: Tensor) -> float:
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self._group) == 1:
-            return float(loss)
         return float(mean_over_ranks([loss.detach().double()], self._group)[0])

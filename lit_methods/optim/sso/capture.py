@@ -100,7 +100,7 @@ class OutputCapture:
         finally:
             self.paused = False
 
-    def take(self) -> list[CapturedCall]:
+    def pop_calls(self) -> list[CapturedCall]:
         """The calls whose gradient arrived; forget all."""
         calls, self.calls = self.calls, []
         return [call for call in calls if call.slope is not None]

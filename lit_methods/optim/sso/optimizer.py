@@ -15,7 +15,8 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal
+from itertools import accumulate, pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,32 +24,50 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lit_methods.optim.foundation.flat import is_dtensor
-from lit_methods.optim.sso.capture import CapturedCall, Circumstances, OutputCapture, reshard, unchanged_buffers
-from lit_methods.optim.sso.solvers import (
-    InnerResult,
-    armijo_descent,
-    conjugate_gradient,
-    gauss_newton,
-    lbfgs,
-    optimizer_steps,
+from lit_methods.optim.foundation.groups import (
+    check_at_least,
+    check_choice,
+    check_keys,
+    check_nonnegative,
+    check_own_state,
+    check_positive,
+    check_real,
 )
+from lit_methods.optim.foundation.ranks import world_size
+from lit_methods.optim.sso.capture import CapturedCall, Circumstances, OutputCapture, reshard, unchanged_buffers
+from lit_methods.optim.sso.former import former_settings
+from lit_methods.optim.sso.rules import Armijo, Newton, StepRule, step_rule
+from lit_methods.optim.sso.solvers import InnerResult, InnerSolver, inner_solver
 from lit_methods.optim.sso.surrogate import Divergence, TargetSurrogate, kl_divergence
-from lit_methods.optim.sso.targets import Targets, armijo, exponential, newton_metric, update_diagonal
+from lit_methods.optim.sso.targets import Targets
 
 __all__ = ["SSO"]
 
 _SMOOTHNESS = {"mse": 2.0, "bce": 0.25, "ce": 0.5}
-_RULES = ("constant", "sqrt", "exponential", "armijo", "adagrad", "adagrad_diag", "newton")
-_INNER = ("gauss_newton", "cg", "lbfgs", "armijo", "adam", "sgd")
+_DIVERGENCES: dict[str, Divergence | None] = {"euclidean": None, "kl": kl_divergence}
 _ATTRIBUTES = (
     "_capture",
     "_target_module",
-    "_options",
+    "_settings",
     "_inner_optimizer",
     "_inner_saved",
     "_checked",
     "_forward_mode",
 )
+
+
+class _Settings(NamedTuple):
+    """What all parameter groups share."""
+
+    inner: InnerSolver
+    rule: StepRule
+    divergence: Divergence | None
+    summed: bool
+    num_batch_dims: int
+    num_items: Callable[[Tensor], Any] | None
+    max_target_grad_norm: float | None
+    sign: float
+
 
 TargetClosure = Callable[[], tuple[Tensor, Callable[[Tensor], Tensor]] | tuple[Tensor, Callable, Tensor]]
 
@@ -72,10 +91,10 @@ class SSO(Optimizer):
 
         loss = optimizer.step(closure)
 
-    ``loss_fn`` is called once for each step (``rule="armijo"``: once more for each trial); the closure is called
+    ``loss_fn`` is called once for each step (by the rule ``Armijo`` once more for each trial); the closure is called
     again at every inner step for the targets alone. Random numbers in it repeat themselves; for a network with
     running statistics give ``target_module`` too. A third item, the (batch,) int64 indices of the examples, is needed
-    by ``adagrad_diag``.
+    by the rule ``AdaGradPerExample``.
 
     One step costs a gradient of the loss plus m forward and backward passes of the network (``gauss_newton``: and m
     forward passes with tangents), so it pays where the loss, the simulation or the labels are dearer than m passes.
@@ -87,9 +106,10 @@ class SSO(Optimizer):
     bfloat16.
 
     Several processes: S is the mean over all ranks' examples; under DDP the inner steps use the module without its
-    wrapper and all-reduce gradients and every number on which a decision depends, once per inner step (``sync_every``).
-    FSDP2: the capture of the root module works with every solver but ``cg``, without forward-mode derivatives;
-    ``torch.distributed.checkpoint`` does not take this optimizer's state. FSDP1 is refused.
+    wrapper and all-reduce gradients and every number on which a decision depends, once per inner step (less often
+    with a solver's ``sync_every``). FSDP2: the capture of the root module works with every solver but
+    ``ConjugateGradient``, without forward-mode derivatives; ``torch.distributed.checkpoint`` does not take this
+    optimizer's state. FSDP1 is refused.
 
     Args:
         params: parameters, named parameters or groups. Groups may differ in ``weight_decay``. They share ``lr``, except
@@ -99,37 +119,21 @@ class SSO(Optimizer):
             1/2), "bce" (with logits: 4) or "ce" (with logits: 2), averaged or summed over examples.
         target_module: the module whose calls are captured.
         target_fn: picks the targets from the module's output; None when it is one tensor.
-        inner_steps: m, >= 1.
-        inner: "gauss_newton", "cg", "lbfgs", "armijo", "adam", "sgd", or a function of the list of parameters that
-            makes a torch optimizer. The last three keep their state over steps.
-        inner_lr: step size of "adam" (None: 1e-3) and "sgd" (no default), first trial of "armijo" (None: 10).
-        inner_tol: inner steps stop when the surrogate's gradient is not longer, >= 0.
-        inner_armijo_c: share of the linear decrease that an inner step must reach, in (0, 1); at most 0.5 to accept
-            exact steps.
-        inner_grow: factor of the "armijo" step before each inner step, >= 1. The authors take 2^(1/batches per epoch).
-        rule: η_t at step t = 1, 2, ...: "constant" lr; "sqrt" lr/√t; "exponential" lr (1/T)^(t/T) for T =
-            ``total_steps`` (whether the authors count from 0 is not verified); "armijo": from ``armijo_grow`` times
-            the last one (at first lr) down by ``armijo_decay`` until l(z - ηg) <= l(z) - c η |g|²; "adagrad": lr /
-            √Σ_s |g_s|² over all steps, batches and outputs; "adagrad_diag": the metric √G for a table G of squared
-            gradients of each example and output; "newton": the logistic Hessian p(1-p) at z as metric.
-        armijo_c: c of "armijo", in (0, 1).
-        armijo_decay: in (0, 1).
-        armijo_grow: >= 1.
-        eta_bounds: the least and greatest η of "armijo".
-        adagrad_bounds: the least and greatest entry of the table of "adagrad_diag" when it is used.
-        newton_damping: added to p(1-p), > 0.
-        loss_fn: for "armijo" in capture mode: the loss as a function of the targets of the last and only call.
+        inner: how the surrogate is minimised: "gauss_newton", "cg", "lbfgs", "armijo", "adam" with their defaults, one
+            of the solvers :class:`~lit_methods.optim.sso.GaussNewton`, ``ConjugateGradient``, ``StrongWolfeLBFGS``,
+            ``ArmijoDescent`` and ``OptimizerSteps`` for m and the rest of their settings, or a function of the list of
+            parameters that makes a torch optimizer, which keeps its state over steps.
+        rule: η at each step: "constant", "sqrt", "armijo", "adagrad", "adagrad_per_example", "newton" with their
+            defaults, or one of the rules :class:`~lit_methods.optim.sso.Constant`, ``Sqrt``, ``Exponential``,
+            ``Armijo``, ``AdaGrad``, ``AdaGradPerExample`` and ``Newton``.
         divergence: "euclidean"; "kl" for targets that are probabilities (an exact minimiser then is exponentiated
             gradient); or a function of (f, z) that gives the entries of a Bregman divergence.
         reduction: whether the loss is the "mean" over examples or the "sum".
         num_batch_dims: leading dimensions of the targets that count examples, >= 1; 2 for (batch, time, vocabulary).
         num_items: for padded batches: maps the loss's gradient at the targets to the number of examples that count,
             or to a bool mask of the batch dimensions; what it masks is left out of the distance.
-        total_steps: T of "exponential".
         weight_decay: adds (weight_decay / 2)|p|² to the objective, >= 0.
         max_target_grad_norm: greatest norm of one example's g_i, > 0; longer ones are shortened.
-        sync_every: with several ranks, inner steps that each takes alone before parameters are averaged, >= 1; 1:
-            exact. The states of "adam" and "sgd" then are each rank's own, and only the first rank's is saved.
         process_group: the data-parallel ranks; None for all. Copies and unpickled instances use all.
         maximize: ascend instead of descend.
 
@@ -143,6 +147,7 @@ class SSO(Optimizer):
     _step_supports_amp_scaling = True  # so that GradScaler announces itself and can be refused
     state: dict[Any, Any]  # type: ignore[assignment]  # η and the accumulators are no one parameter's: key "sso"
 
+    @former_settings
     def __init__(
         self,
         params: ParamsT,
@@ -151,85 +156,42 @@ class SSO(Optimizer):
         *,
         target_module: nn.Module | None = None,
         target_fn: Callable[[Any], Tensor] | None = None,
-        inner_steps: int = 10,
-        inner: str | Callable[[list[Tensor]], Optimizer] = "gauss_newton",
-        inner_lr: float | None = None,
-        inner_tol: float = 1e-6,
-        inner_armijo_c: float = 0.1,
-        inner_grow: float = 1.1,
-        rule: Literal["constant", "sqrt", "exponential", "armijo", "adagrad", "adagrad_diag", "newton"] = "constant",
-        armijo_c: float = 0.5,
-        armijo_decay: float = 0.9,
-        armijo_grow: float = 2.0,
-        eta_bounds: tuple[float, float] = (1e-4, 1e4),
-        adagrad_bounds: tuple[float, float] = (1e-5, 1e5),
-        newton_damping: float = 1e-5,
-        loss_fn: Callable[[Tensor], Tensor] | None = None,
+        inner: str | InnerSolver | Callable[[list[Tensor]], Optimizer] = "gauss_newton",
+        rule: str | StepRule = "constant",
         divergence: str | Divergence = "euclidean",
         reduction: Literal["mean", "sum"] = "mean",
         num_batch_dims: int = 1,
         num_items: Callable[[Tensor], Any] | None = None,
-        total_steps: int | None = None,
         weight_decay: float = 0.0,
         max_target_grad_norm: float | None = None,
-        sync_every: int = 1,
         process_group: dist.ProcessGroup | None = None,
         maximize: bool = False,
     ) -> None:
         if lr is None and loss not in _SMOOTHNESS:
             raise ValueError(f"lr=None takes 1/L of loss, which must be one of {', '.join(_SMOOTHNESS)}, got {loss!r}")
-        if loss is not None and loss not in _SMOOTHNESS:
-            raise ValueError(f"loss must be None or one of {', '.join(_SMOOTHNESS)}, got {loss!r}")
-        if isinstance(inner, str) and inner not in _INNER:
-            raise ValueError(f"inner must be a function or one of {', '.join(_INNER)}, got {inner!r}")
-        if inner == "sgd" and inner_lr is None:
-            raise ValueError("inner_lr must be given for inner='sgd', got None")
-        if inner_lr is not None and not inner_lr > 0:
-            raise ValueError(f"inner_lr must be > 0, got {inner_lr}")
-        if rule not in _RULES:
-            raise ValueError(f"rule must be one of {', '.join(_RULES)}, got {rule!r}")
-        if isinstance(divergence, str) and divergence not in ("euclidean", "kl"):
-            raise ValueError(f"divergence must be 'euclidean', 'kl' or a function, got {divergence!r}")
-        if rule in ("armijo", "adagrad_diag", "newton") and divergence != "euclidean":
-            raise ValueError(f"rule={rule!r} needs divergence='euclidean', got {divergence!r}")
-        if rule == "newton" and loss != "bce":
-            raise ValueError(f"rule='newton' needs loss='bce', whose Hessian it is, got loss={loss!r}")
-        if rule == "exponential" and not (total_steps is not None and total_steps >= 1):
-            raise ValueError(f"total_steps must be >= 1 for rule='exponential', got {total_steps}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        for name, count in (
-            ("inner_steps", inner_steps),
-            ("num_batch_dims", num_batch_dims),
-            ("sync_every", sync_every),
-        ):
-            if count < 1:
-                raise ValueError(f"{name} must be >= 1, got {count}")
-        for name, share in (("armijo_c", armijo_c), ("armijo_decay", armijo_decay), ("inner_armijo_c", inner_armijo_c)):
-            if not 0 < share < 1:
-                raise ValueError(f"{name} must be in (0, 1), got {share}")
-        for name, factor in (("armijo_grow", armijo_grow), ("inner_grow", inner_grow)):
-            if not factor >= 1:
-                raise ValueError(f"{name} must be >= 1, got {factor}")
-        for name, bounds in (("eta_bounds", eta_bounds), ("adagrad_bounds", adagrad_bounds)):
-            if not 0 < bounds[0] <= bounds[1]:
-                raise ValueError(f"{name} must be 0 < least <= greatest, got {bounds}")
-        if not inner_tol >= 0:
-            raise ValueError(f"inner_tol must be >= 0, got {inner_tol}")
-        if not newton_damping > 0:
-            raise ValueError(f"newton_damping must be > 0, got {newton_damping}")
-        if max_target_grad_norm is not None and not max_target_grad_norm > 0:
-            raise ValueError(f"max_target_grad_norm must be > 0, got {max_target_grad_norm}")
+        if loss is not None:
+            check_choice("loss", loss, tuple(_SMOOTHNESS))
+        if isinstance(divergence, str):
+            check_choice("divergence", divergence, tuple(_DIVERGENCES))
+        check_choice("reduction", reduction, ("mean", "sum"))
+        check_at_least(1, num_batch_dims=num_batch_dims)
+        check_positive(max_target_grad_norm=max_target_grad_norm)
+        found_rule = step_rule(rule)
+        if found_rule.euclidean_only and divergence != "euclidean":
+            raise ValueError(f"divergence must be 'euclidean' with rule={rule!r}, got {divergence!r}")
+        if isinstance(found_rule, Newton) and loss != "bce":
+            raise ValueError(f"loss must be 'bce', whose Hessian is the metric, with rule={rule!r}, got {loss!r}")
         self._group = process_group
-        named = {"euclidean": None, "kl": kl_divergence}
-        self._options: dict[str, Any] = {
-            "loss": loss,
-            "inner": inner,
-            "inner_lr": inner_lr,
-            "loss_fn": loss_fn,
-            "divergence": named[divergence] if isinstance(divergence, str) else divergence,
-            "num_items": num_items,
-        }
+        self._settings = _Settings(
+            inner=inner_solver(inner),
+            rule=found_rule,
+            divergence=_DIVERGENCES[divergence] if isinstance(divergence, str) else divergence,
+            summed=reduction == "sum",
+            num_batch_dims=num_batch_dims,
+            num_items=num_items,
+            max_target_grad_norm=max_target_grad_norm,
+            sign=-1.0 if maximize else 1.0,
+        )
         self._target_module: nn.Module | None = None
         self._capture: OutputCapture | None = None
         self._inner_optimizer: Optimizer | None = None
@@ -239,27 +201,7 @@ class SSO(Optimizer):
         self._metrics: dict[str, float] = {}
         super().__init__(
             params,
-            {
-                "lr": 1 / _SMOOTHNESS[loss] if lr is None and loss is not None else lr,
-                "inner_steps": inner_steps,
-                "inner_tol": inner_tol,
-                "inner_armijo_c": inner_armijo_c,
-                "inner_grow": inner_grow,
-                "rule": rule,
-                "armijo_c": armijo_c,
-                "armijo_decay": armijo_decay,
-                "armijo_grow": armijo_grow,
-                "eta_bounds": tuple(eta_bounds),
-                "adagrad_bounds": tuple(adagrad_bounds),
-                "newton_damping": newton_damping,
-                "reduction": reduction,
-                "num_batch_dims": num_batch_dims,
-                "total_steps": total_steps,
-                "weight_decay": weight_decay,
-                "max_target_grad_norm": max_target_grad_norm,
-                "sync_every": sync_every,
-                "maximize": maximize,
-            },
+            {"lr": 1 / _SMOOTHNESS[loss] if lr is None and loss is not None else lr, "weight_decay": weight_decay},
         )
         if target_module is not None:
             self.capture(target_module, target_fn)
@@ -278,21 +220,13 @@ class SSO(Optimizer):
         self._capture = OutputCapture(target_module, target_fn)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; it shares every setting but ``lr=0`` and ``weight_decay`` with the others."""
+        """Add a group, which may have ``lr=0`` and a ``weight_decay`` of its own."""
+        check_keys(param_group, self.defaults)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            lr = float(group["lr"])
-            if not lr >= 0:
-                raise ValueError(f"lr must be >= 0, got {group['lr']}")
-            if not group["weight_decay"] >= 0:
-                raise ValueError(f"weight_decay must be >= 0, got {group['weight_decay']}")
-            for p in group["params"]:
-                if not p.is_floating_point():
-                    raise ValueError(f"params must be real floating point, got {p.dtype} (complex: view as real)")
-            for key in self.defaults.keys() - {"lr", "weight_decay"}:
-                if group[key] != self.param_groups[0][key]:
-                    raise ValueError(f"{key} is shared by all parameter groups, got {group[key]!r} for one of them")
+            check_nonnegative(lr=group["lr"], weight_decay=group["weight_decay"])
+            check_real(group["params"])
             if getattr(self, "_target_module", None) is not None:
                 _check_contains(self._target_module, group["params"])  # type: ignore[arg-type]
         except ValueError:
@@ -319,6 +253,8 @@ class SSO(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the tensors are copied."""
+        names = {"step", "eta", "inner_step_size", "inner", "sum", "table"}
+        check_own_state(self, state_dict, names)
         super().load_state_dict(state_dict)
         own = dict(self.state.get("sso", {}))
         self._inner_optimizer, self._inner_saved = None, own.pop("inner", None)
@@ -356,9 +292,9 @@ class SSO(Optimizer):
         lr = self._lr()
         if isinstance(result, tuple):
             if self._capture is not None:
-                self._capture.take()
+                self._capture.pop_calls()
             return self._step_on_targets(closure, result, circumstances, lr)  # type: ignore[arg-type]
-        calls = [] if self._capture is None else self._capture.take()
+        calls = [] if self._capture is None else self._capture.pop_calls()
         if lr == 0 or (not calls and closure is not None and result is None):
             return result
         if not calls:
@@ -399,32 +335,29 @@ class SSO(Optimizer):
             return loss_fn(points[0].to(z.dtype))
 
         targets = self._targets([z], [slope], index)
-        self._take(targets, forward, loss, loss_at, lr, outputs=[outputs])
+        self._take_step(targets, forward, loss, loss_at, lr, outputs=[outputs])
         return loss
 
     def _step_on_calls(self, calls: list[CapturedCall], lr: float) -> None:
-        rule, loss_fn, capture = self.param_groups[0]["rule"], self._options["loss_fn"], self._capture
+        rule, capture = self._settings.rule, self._capture
         assert capture is not None
-        if rule == "adagrad_diag":
+        loss_fn = rule.loss_fn if isinstance(rule, Armijo) else None
+        if isinstance(rule, Armijo) and (loss_fn is None or len(calls) > 1):
             raise RuntimeError(
-                "rule='adagrad_diag' needs the examples' indices: call step with a closure that returns "
-                "(targets, loss_fn, indices)"
-            )
-        if rule == "armijo" and (loss_fn is None or len(calls) > 1):
-            raise RuntimeError(
-                "rule='armijo' evaluates the loss at other targets: pass loss_fn (for steps with one call of the "
-                "module), or call step with a closure that returns (targets, loss_fn)"
+                "the rule Armijo evaluates the loss at other targets: pass rule=Armijo(loss_fn=...), for steps with "
+                "one call of the module, or call step with a closure that returns (targets, loss_fn)"
             )
         z, slopes = [call.output for call in calls], [call.slope for call in calls]
         targets = self._targets(z, slopes, None)  # type: ignore[arg-type]
 
         def loss_at(points: list[Tensor]) -> Tensor:
+            assert loss_fn is not None
             return loss_fn(points[0].to(z[0].dtype))
 
-        at_start = loss_at(targets.z) if rule == "armijo" else None
-        self._take(targets, lambda: capture.replay(calls), at_start, loss_at, lr)
+        at_start = loss_at(targets.z) if isinstance(rule, Armijo) else None
+        self._take_step(targets, lambda: capture.replay(calls), at_start, loss_at, lr)
 
-    def _take(
+    def _take_step(
         self,
         targets: Targets,
         forward: Callable[[], list[Tensor]],
@@ -433,7 +366,7 @@ class SSO(Optimizer):
         lr: float,
         outputs: list[Tensor] | None = None,
     ) -> None:
-        group, state = self.param_groups[0], self._sso_state()
+        state = self.state.setdefault("sso", {"step": 0})
         numbers = targets.summary(loss)
         if not all(math.isfinite(number) for number in numbers):
             warnings.warn(
@@ -441,7 +374,7 @@ class SSO(Optimizer):
             )
             return
         state["step"] += 1
-        eta, metric = self._eta(targets, loss, loss_at, lr)
+        eta, metric = self._settings.rule.step_size(targets, loss, loss_at, lr, state)
         state["eta"] = eta
         active = [(p, g["weight_decay"]) for g in self.param_groups if g["lr"] for p in g["params"] if p.requires_grad]
         if any(getattr(p, "_fsdp_flattened", False) for p, _ in active):
@@ -454,7 +387,7 @@ class SSO(Optimizer):
             targets.count or 1.0,
             eta,
             metric=metric,
-            divergence=self._options["divergence"],
+            divergence=self._settings.divergence,
             decay=[decay for _, decay in active],
             rank_weight=targets.rank_weight,
             group=targets.group,
@@ -463,7 +396,7 @@ class SSO(Optimizer):
         )
         paused = nullcontext() if self._capture is None else self._capture.pause()
         with unchanged_buffers(self._target_module), paused:
-            result = self._minimise(surrogate, group)
+            result = self._minimise(surrogate)
         torch.clear_autocast_cache()
         reshard(self._target_module)
         self._forward_mode = surrogate.forward_mode or any(is_dtensor(p) for p in surrogate.params)
@@ -479,86 +412,49 @@ class SSO(Optimizer):
         if loss is not None:
             self._metrics["loss"] = numbers[0]
 
-    def _minimise(self, surrogate: TargetSurrogate, group: dict[str, Any]) -> InnerResult:
-        steps, every = group["inner_steps"], group["sync_every"]
+    def _minimise(self, surrogate: TargetSurrogate) -> InnerResult:
+        solver, state = self._settings.inner, self.state["sso"]
+        steps, every, lasting = solver.steps, solver.sync_every, self._lasting_inner()
         if surrogate.group is None or every == 1:
-            return self._solve(surrogate, group, steps)
+            return solver.solve(surrogate, steps, state, lasting)
         before, taken = None, 0
         for start in range(0, steps, every):
             with surrogate.alone():
-                result = self._solve(surrogate, group, min(every, steps - start))
+                result = solver.solve(surrogate, min(every, steps - start), state, lasting)
             surrogate.average_parameters()
             before, taken = before if start else result.before, taken + result.steps
         numbers = torch.tensor([before, result.after, taken, result.step_size], dtype=torch.float64)
         before, after, taken, step_size = surrogate.mean_over_ranks([numbers.to(self._device)])[0].tolist()
         return InnerResult(before, after, round(taken), step_size)
 
-    def _solve(self, surrogate: TargetSurrogate, group: dict[str, Any], steps: int) -> InnerResult:
-        inner, tol, c = self._options["inner"], group["inner_tol"], group["inner_armijo_c"]
-        if inner == "gauss_newton":
-            return gauss_newton(surrogate, steps, tol, c, self.state["sso"].get("inner_step_size", 1.0))
-        if inner == "cg":
-            return conjugate_gradient(surrogate, steps, tol, c)
-        if inner == "lbfgs":
-            return lbfgs(surrogate, steps, tol)
-        if inner == "armijo":
-            return armijo_descent(surrogate, steps, tol, c, self._options["inner_lr"] or 10.0, grow=group["inner_grow"])
-        return optimizer_steps(surrogate, self._lasting_inner(), steps, tol)
-
-    def _lasting_inner(self) -> Optimizer:
+    def _lasting_inner(self) -> Optimizer | None:
         if self._inner_optimizer is None:
-            inner, lr, params = self._options["inner"], self._options["inner_lr"], self._all_params
-            if inner == "adam":
-                self._inner_optimizer = torch.optim.Adam(params, lr=lr or 1e-3)
-            elif inner == "sgd":
-                self._inner_optimizer = torch.optim.SGD(params, lr=lr)
-            else:
-                self._inner_optimizer = inner(params)
-            if self._inner_saved is not None:
-                self._inner_optimizer.load_state_dict(self._inner_saved)
+            params, saved = self._all_params, self._inner_saved
+            sizes = [len(params)] if saved is None else [len(group["params"]) for group in saved["param_groups"]]
+            bounds = list(accumulate(sizes, initial=0))
+            self._inner_optimizer = self._settings.inner.prepare([params[a:b] for a, b in pairwise(bounds)])
+            if self._inner_optimizer is not None and saved is not None:
+                self._inner_optimizer.load_state_dict(saved)
+                if bounds[-1] < len(params):  # a group that was added after loading
+                    self._inner_optimizer.add_param_group({"params": params[bounds[-1] :]})
                 self._inner_saved = None
         return self._inner_optimizer
 
     # ---- targets and η
 
     def _targets(self, z: list[Tensor], slopes: list[Tensor], index: Tensor | None) -> Targets:
-        group = self.param_groups[0]
-        ready = dist.is_available() and dist.is_initialized() and dist.get_world_size(self._group) > 1
+        settings = self._settings
         return Targets.of(
             z,
-            [-s if group["maximize"] else s for s in slopes],
-            sign=-1.0 if group["maximize"] else 1.0,
-            summed=group["reduction"] == "sum",
-            num_batch_dims=group["num_batch_dims"],
-            num_items=self._options["num_items"],
-            max_norm=group["max_target_grad_norm"],
+            [settings.sign * s for s in slopes],
+            sign=settings.sign,
+            summed=settings.summed,
+            num_batch_dims=settings.num_batch_dims,
+            num_items=settings.num_items,
+            max_norm=settings.max_target_grad_norm,
             index=index,
-            group=(self._group or dist.group.WORLD) if ready else None,
+            group=(self._group or dist.group.WORLD) if world_size(self._group) > 1 else None,
         )
-
-    def _eta(
-        self, targets: Targets, loss: Tensor | None, loss_at: Callable[[list[Tensor]], Tensor], lr: float
-    ) -> tuple[float, list[Tensor] | None]:
-        group, state = self.param_groups[0], self.state["sso"]
-        rule, t = group["rule"], state["step"]
-        if rule == "sqrt":
-            return lr / math.sqrt(t), targets.mask
-        if rule == "exponential":
-            return exponential(lr, t, group["total_steps"]), targets.mask
-        if rule == "armijo":
-            assert loss is not None
-            start = group["armijo_grow"] * state.get("eta", lr)
-            settings = (group["armijo_c"], group["armijo_decay"], group["eta_bounds"])
-            return armijo(targets, loss, loss_at, start, *settings), targets.mask
-        if rule == "adagrad":
-            state["sum"] = state.get("sum", 0.0) + targets.squared_norm
-            return 1 / (math.sqrt(state["sum"]) / lr + 1e-6), targets.mask
-        if rule == "adagrad_diag":
-            state["table"], metric = update_diagonal(state.get("table"), targets, group["adagrad_bounds"])
-            return lr, targets.masked(metric)
-        if rule == "newton":
-            return lr, targets.masked(newton_metric(targets.z, group["newton_damping"]))
-        return lr, targets.mask
 
     def _lr(self) -> float:
         rates = {float(group["lr"]) for group in self.param_groups} - {0.0}
@@ -575,9 +471,6 @@ class SSO(Optimizer):
     @property
     def _device(self) -> torch.device:
         return self._all_params[0].device
-
-    def _sso_state(self) -> dict[str, Any]:
-        return self.state.setdefault("sso", {"step": 0})
 
     def _check_replay(self, surrogate: TargetSurrogate) -> None:
         """Warn once when the captured calls cannot be repeated."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_methods.optim.foundation.flat import is_dtensor, local_tensor
+from lit_methods.optim.foundation.ranks import mean_over_ranks
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -86,7 +87,7 @@ class TargetSurrogate:
         self._sharded = any(is_dtensor(p) for p in params)
         self.forward_mode = forward_mode and not self._sharded
         self._value: Tensor | None = None
-        self._anchor: list[Tensor] | None = None
+        self._remembered: list[Tensor] | None = None
         self.first_outputs: list[Tensor] | None = None
 
     # ---- values and derivatives
@@ -137,7 +138,7 @@ class TargetSurrogate:
                 local = sum((t * h).sum() for t, h in zip(tangents, self._hessian(outputs, tangents), strict=True))
                 total = self.mean_over_ranks([torch.as_tensor(local) * self._weight])[0]
                 return float(total) + self._decayed_square(direction)
-        self.anchor()
+        self.remember()
         self.move(direction, -trial)
         beyond = self.value(graph=False)
         self.restore()
@@ -154,7 +155,7 @@ class TargetSurrogate:
                 outputs, tangents = self._jvp(direction)
             except (NotImplementedError, RuntimeError) as error:
                 raise RuntimeError(
-                    "inner='cg' needs forward-mode AD, which this network or its sharding lacks; use another solver"
+                    "ConjugateGradient needs forward-mode AD, which this network or its sharding lacks; take another"
                 ) from error
             vectors = self._hessian([f.detach() for f in outputs], tangents)
             total = self._weight * sum((f * v).sum() for f, v in zip(outputs, vectors, strict=True))
@@ -166,12 +167,12 @@ class TargetSurrogate:
     # ---- moving the parameters
 
     @torch.no_grad()
-    def anchor(self) -> None:
+    def remember(self) -> None:
         """Remember the parameters."""
-        if self._anchor is None:
-            self._anchor = [local_tensor(p).clone() for p in self.params]
+        if self._remembered is None:
+            self._remembered = [local_tensor(p).clone() for p in self.params]
         else:
-            torch._foreach_copy_(self._anchor, [local_tensor(p) for p in self.params])
+            torch._foreach_copy_(self._remembered, [local_tensor(p) for p in self.params])
 
     @torch.no_grad()
     def move(self, direction: list[Tensor], length: float) -> None:
@@ -183,8 +184,8 @@ class TargetSurrogate:
     @torch.no_grad()
     def restore(self) -> None:
         """Return to the remembered parameters."""
-        assert self._anchor is not None
-        torch._foreach_copy_([local_tensor(p) for p in self.params], self._anchor)
+        assert self._remembered is not None
+        torch._foreach_copy_([local_tensor(p) for p in self.params], self._remembered)
 
     # ---- ranks
 
@@ -266,18 +267,3 @@ class TargetSurrogate:
         for p, g in zip(self.params, kept, strict=True):
             p.grad = g
         return grads
-
-
-def mean_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Means over the ranks of ``group`` (None: all), by one all-reduce for each dtype and device."""
-    result: list[Tensor] = list(tensors)
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
-    for indices in kinds.values():
-        flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        for i, piece in zip(indices, flat.split([tensors[i].numel() for i in indices]), strict=True):
-            result[i] = piece.view(tensors[i].shape)
-    return result

@@ -1,4 +1,4 @@
-"""SSO's targets of one step, and the rules for the step size η in their space."""
+"""SSO's targets of one step: the outputs, the loss's gradient there, and what is summed over ranks."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_methods.optim.sso.surrogate import mean_over_ranks
+from lit_methods.optim.foundation.ranks import mean_over_ranks
 
 
 @dataclass
@@ -106,46 +106,17 @@ class Targets:
         return math.sqrt(self.squared_norm / self.total)
 
 
-def exponential(lr: float, t: int, total_steps: int) -> float:
-    """η (1/T)^(t/T)."""
-    return lr * (1 / total_steps) ** (t / total_steps)
-
-
-def armijo(
-    targets: Targets,
-    loss: Tensor,
-    loss_at: Callable[[list[Tensor]], Tensor],
-    start: float,
-    c: float,
-    decay: float,
-    bounds: tuple[float, float],
-    trials: int = 100,
-) -> float:
-    """The first η of start, decay * start, ... with l(z - ηg) <= l(z) - c η |g|², clamped to ``bounds``."""
-    value, slope = targets.mean_loss(loss), targets.squared_norm / targets.total
-    eta = min(max(start, bounds[0]), bounds[1])
-    for _ in range(trials):
-        points = [z - eta * targets.count * s for z, s in zip(targets.z, targets.slopes, strict=True)]
-        if targets.mean_loss(loss_at(points)) <= value - c * eta * slope or eta <= bounds[0]:
-            break
-        eta = max(decay * eta, bounds[0])
-    return eta
-
-
-def newton_metric(z: list[Tensor], damping: float) -> list[Tensor]:
-    """p(1 - p) + damping for logits ``z``: the logistic loss's second derivative."""
-    probabilities = [x.sigmoid() for x in z]
-    return [p * (1 - p) + damping for p in probabilities]
-
-
-def update_diagonal(table: Tensor | None, targets: Targets, bounds: tuple[float, float]) -> tuple[Tensor, list[Tensor]]:
-    """Add g² to the rows of the batch's examples; the table (examples, outputs), and √G for the batch as metric.
+def add_squared_slopes(table: Tensor | None, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Add g² to the rows of the batch's examples; the table (examples, outputs), and the batch's rows shaped as z.
 
     The table grows with the greatest index. With several ranks each holds the whole table.
     """
     (z,), (s,) = targets.z, targets.slopes
     if targets.index is None:
-        raise RuntimeError("rule='adagrad_diag' needs indices: return (targets, loss_fn, indices) from the closure")
+        raise RuntimeError(
+            "AdaGradPerExample needs the examples' indices: call step with a closure that returns (targets, loss_fn, "
+            "indices)"
+        )
     index = targets.index.reshape(-1).to(z.device)
     squares = (targets.count * s).square().flatten(0, targets.num_batch_dims - 1).flatten(1)
     if len(index) != len(squares):
@@ -161,7 +132,7 @@ def update_diagonal(table: Tensor | None, targets: Targets, bounds: tuple[float,
     table = added.new_zeros(rows, added.shape[1])
     table[: len(old)] += old
     table[: len(added)] += added
-    return table, [table[index].clamp(*bounds).sqrt().view(z.shape)]
+    return table, table[index].view(z.shape)
 
 
 def _count(slope: Tensor, dims: int, num_items: Callable[[Tensor], Any] | None) -> tuple[float, Tensor | None]:

@@ -20,6 +20,7 @@ from lit_methods.optim import (
     MemoryCBO,
     PolarizedCBO,
 )
+from lit_methods.optim.cbo import InitialCloud, ParticleBatches
 from tests.contract.cases.kinds import (
     TINY,
     Arguments,
@@ -37,10 +38,9 @@ _LOSSES_ONLY = {
     ),
 }
 
-_SWARM = {"init_around_current": True, "seed": 0}
+_SWARM = {"init": InitialCloud(0.5, around_current=True), "seed": 0}
 
 _SWARM_ARGUMENTS: list[tuple[Arguments, str]] = [
-    ({"init_std": 0.0}, "init_std must be"),
     ({"num_runs": 0}, "num_runs must be"),
     ({"seed": -1}, "seed must be"),
 ]
@@ -66,7 +66,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     ),
     "lit_methods.optim.CBO": OptimizerCase(
         CBO,
-        {"num_particles": 20, "particle_batch_size": 10, "init_std": 0.5, "init_around_current": True, "seed": 0},
+        {"num_particles": 20, "batches": ParticleBatches(10), "init": InitialCloud(0.5, True), "seed": 0},
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"lambda_": 0.0}, "lambda_ must be"),
@@ -74,14 +74,9 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"num_particles": 0}, "num_particles must be"),
             ({"alpha": -1.0}, "alpha must be"),
             ({"noise": "gaussian"}, "noise must be"),
-            ({"particle_batch_size": 0}, "particle_batch_size must be"),
-            ({"update": "half"}, "update must be"),
-            ({"init_std": 0.0}, "init_std must be"),
             ({"stall_tol": -1.0}, "stall_tol must be"),
-            ({"effective_sample_size": 1.0}, "effective_sample_size must be"),
             ({"num_runs": 0}, "num_runs must be"),
             ({"gradient_drift": -1.0}, "gradient_drift must be"),
-            ({"alpha_growth": 0.0}, "alpha_growth must be"),
             ({"seed": -1}, "seed must be"),
             ({"shard": "model"}, "shard must be"),
         ],
@@ -101,7 +96,6 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"width": 0.0}, "width must be"),
             ({"width_decay": 1.5}, "width_decay must be"),
             ({"width_decay_every": 0}, "width_decay_every must be"),
-            ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
             ({"num_runs": 0}, "num_runs must be"),
             ({"seed": -1}, "seed must be"),
             ({"shard": "model"}, "shard must be"),
@@ -113,14 +107,13 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     ),
     "lit_methods.optim.ConsensusBasedSampling": OptimizerCase(
         ConsensusBasedSampling,
-        {"mode": "optimization", "alpha": 50.0, "num_particles": 60, "init_std": 0.5, **_SWARM},
+        {"mode": "optimization", "alpha": 50.0, "num_particles": 60, **_SWARM},
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"num_particles": 1}, "num_particles must be"),
             ({"alpha": -1.0}, "alpha must be"),
             ({"alpha": math.inf}, "alpha must be"),
             ({"mode": "both"}, "mode must be"),
-            ({"effective_sample_size": 0.5}, "effective_sample_size must be"),
             *_SWARM_ARGUMENTS,
         ],
         closure_calls=61,
@@ -130,7 +123,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     ),
     "lit_methods.optim.MemoryCBO": OptimizerCase(
         MemoryCBO,
-        {"num_particles": 30, "init_std": 0.5, **_SWARM},
+        {"num_particles": 30, **_SWARM},
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"lambda_": 0.0}, "lambda_ must be"),
@@ -139,7 +132,6 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"alpha": -1.0}, "alpha must be"),
             ({"lambda_memory": -1.0}, "lambda_memory must be"),
             ({"sigma_memory": -1.0}, "sigma_memory must be"),
-            ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
             ({"shard": "model"}, "shard must be"),
             *_SWARM_ARGUMENTS,
         ],
@@ -150,7 +142,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     ),
     "lit_methods.optim.PolarizedCBO": OptimizerCase(
         PolarizedCBO,
-        {"num_particles": 20, "init_std": 0.5, "kappa": 10.0, **_SWARM},
+        {"num_particles": 20, "kappa": 10.0, **_SWARM},
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"lambda_": 0.0}, "lambda_ must be"),
@@ -168,7 +160,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     ),
     "lit_methods.optim.AdamCBO": OptimizerCase(
         AdamCBO,
-        {"num_particles": 20, "init_std": 0.5, **_SWARM},
+        {"num_particles": 20, **_SWARM},
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"lambda_": 0.0}, "lambda_ must be"),
@@ -177,7 +169,6 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"alpha": -1.0}, "alpha must be"),
             ({"betas": (0.9, 1.0)}, "betas must be"),
             ({"eps": 0.0}, "eps must be"),
-            ({"effective_sample_size": 0.0}, "effective_sample_size must be"),
             ({"shard": "model"}, "shard must be"),
             *_SWARM_ARGUMENTS,
         ],
@@ -196,7 +187,7 @@ MODULES: dict[str, ModuleCase] = {
                 "lit_methods.black_box.CBOModule",
                 network=class_config("lit_methods.nets.PostNormMLP", in_features=64, widths=[12, 10]),
                 num_classes=10,
-                optimizer=class_config("lit_methods.optim.CBO", num_particles=8, particle_batch_size=4),
+                optimizer=class_config("lit_methods.optim.CBO", num_particles=8, batches={"size": 4}),
                 lr_scheduler=class_config("torch.optim.lr_scheduler.StepLR", step_size=1),
             ),
             "data": class_config("lit_methods.datamodules.DigitsDataModule", batch_size=32),
@@ -215,7 +206,7 @@ MODULES: dict[str, ModuleCase] = {
                 objective=class_config("lit_methods.black_box.GrandCanyon"),
                 methods={
                     "hopping": class_config("lit_methods.optim.ConsensusHopping", num_particles=8),
-                    "cbo": class_config("lit_methods.optim.CBO", num_particles=8, particle_batch_size=None),
+                    "cbo": class_config("lit_methods.optim.CBO", num_particles=8, batches={"size": None}),
                     "langevin": class_config("lit_methods.optim.langevin.AnnealedLangevin", lr=1e-3),
                 },
                 start=[8.0, 8.0],

@@ -17,7 +17,7 @@ from lit_methods.datamodules import (
     PromptDataModule,
     WordGameDataModule,
 )
-from lit_methods.llm import FunctionJudge, NashMP, SequenceClassification, SupervisedFineTuning
+from lit_methods.llm import FunctionJudge, Generation, NashMP, SequenceClassification, SupervisedFineTuning
 from lit_methods.llm.word_game import word_game_preference
 from tests.contract.cases.kinds import (
     ADAM,
@@ -48,7 +48,9 @@ _WORDS = {"words": [f"{letter}{i}" for letter, n in zip("pabcx", (5, 7, 7, 7, 5)
 
 def _nash_mp(**arguments: Any) -> NashMP:
     judge = FunctionJudge(word_game_preference)
-    return NashMP(**({"model": _TINY_LLAMA, "judge": judge, "tokenizer": _WORDS, "max_new_tokens": 4} | arguments))
+    return NashMP(
+        **({"model": _TINY_LLAMA, "judge": judge, "tokenizer": _WORDS, "generation": Generation(4)} | arguments)
+    )
 
 
 _NO_FORWARD = {"check_compiles": "It samples and decodes texts and has no forward to capture."}
@@ -96,7 +98,7 @@ MODULES: dict[str, ModuleCase] = {
                 judge=class_config(
                     "lit_methods.llm.FunctionJudge", function="lit_methods.llm.word_game.word_game_preference"
                 ),
-                max_new_tokens=4,
+                generation={"max_new_tokens": 4},
                 warmup_steps=2,
                 optimizer=ADAM,
             ),
@@ -117,7 +119,7 @@ MODULES: dict[str, ModuleCase] = {
                 "lit_methods.llm.SupervisedFineTuning",
                 model=_TINY_LLAMA,
                 tokenizer=_WORDS,
-                max_new_tokens=4,
+                generation={"max_new_tokens": 4},
                 optimizer=ADAM,
             ),
             "data": class_config("lit_methods.datamodules.WordGameDataModule", num_rows=64, val_size=8, batch_size=4),
@@ -194,7 +196,7 @@ RECIPES: dict[str, RecipeCase] = {
         [
             *_TWO_SHORT_EPOCHS,
             "--trainer.accelerator=cpu",
-            "--model.max_new_tokens=4",
+            "--model.generation.max_new_tokens=4",
             "--model.judge.init_args.score=tests.unit.llm.tiny.number_of_words",
         ],
         prepare=lambda folder: save_tiny_chat(folder / "smollm2"),

@@ -153,7 +153,12 @@ MODULES: dict[str, ModuleCase] = {
             "model": class_config(
                 "lit_methods.online.OnlineImitation",
                 policy=class_config("lit_methods.nets.MLP", in_features=4, hidden_features=[8], out_features=1),
-                optimizer=class_config("lit_methods.optim.SSO", lr=0.5, inner="adam", inner_steps=3, rule="adagrad"),
+                optimizer=class_config(
+                    "lit_methods.optim.SSO",
+                    lr=0.5,
+                    rule="adagrad",
+                    inner=class_config("lit_methods.optim.sso.OptimizerSteps", steps=3),
+                ),
             ),
             "data": class_config(
                 "lit_methods.datamodules.ImitationDataModule",

@@ -8,6 +8,7 @@ from lit_methods.black_box import CBOModule
 from lit_methods.datamodules import DigitsDataModule
 from lit_methods.nets import PostNormMLP
 from lit_methods.optim import CBO, AdamCBO, ConsensusBasedSampling, ConsensusHopping, MemoryCBO, PolarizedCBO
+from lit_methods.optim.cbo import ParticleBatches
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
@@ -23,7 +24,7 @@ def test_learns_digits_from_losses() -> None:
     module = CBOModule(
         PostNormMLP(64, [10]),
         num_classes=10,
-        optimizer=lambda params: CBO(params, alpha=5.0, num_particles=60, particle_batch_size=20),
+        optimizer=lambda params: CBO(params, alpha=5.0, num_particles=60, batches=ParticleBatches(20)),
     )
     trainer = fit(module, 8)
     assert trainer.callback_metrics["val/accuracy"] > 0.3  # chance is 0.1
@@ -53,7 +54,7 @@ def test_a_loss_without_gradient_and_running_statistics() -> None:
         PostNormMLP(64, [10]),
         num_classes=10,
         loss=ZeroOne(),
-        optimizer=lambda params: CBO(params, num_particles=10, particle_batch_size=None),
+        optimizer=lambda params: CBO(params, num_particles=10, batches=ParticleBatches(None)),
         chunk_size=4,
     )
     fit(module, 1, limit_train_batches=3)

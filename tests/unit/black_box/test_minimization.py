@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer
 from lit_methods.black_box import GrandCanyon, LandscapeMinimization
 from lit_methods.callbacks import LandscapePaths
 from lit_methods.optim import CBO, ConsensusHopping
+from lit_methods.optim.cbo import InitialCloud, ParticleBatches
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
@@ -14,7 +15,7 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 def test_particles_pass_the_barrier_and_gradients_do_not(tmp_path) -> None:
     """The message of arXiv 2306.09778 in one table, with the authors' settings and fewer runs."""
     torch.manual_seed(0)
-    around = {"init_std": 0.5, "init_around_current": True, "particle_batch_size": None, "stall_tol": 0.0}
+    around = {"init": InitialCloud(0.5, True), "batches": ParticleBatches(None), "stall_tol": 0.0}
     module = LandscapeMinimization(
         GrandCanyon(),
         {

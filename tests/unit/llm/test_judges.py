@@ -1,3 +1,4 @@
+import copy
 import json
 import threading
 import time
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from lit_methods.llm import (
     EnsembleJudge,
@@ -20,7 +23,8 @@ from lit_methods.llm import (
     ScoreJudge,
 )
 from lit_methods.llm.judges import query_judge
-from lit_methods.llm.language_model import load_causal_lm, word_tokenizer
+from lit_methods.llm.language_model import word_tokenizer
+from lit_methods.llm.loading import build_config, load_causal_lm
 from lit_methods.llm.word_game import word_game_preference
 from tests.unit.llm.tiny import LLAMA, WORDS
 
@@ -49,6 +53,9 @@ def test_equal_texts_tie_and_never_reach_the_judge() -> None:
         ([0.5, float("nan")], "returned nan"),
         ([0.5, 1.5], r"returned 1.5 for 'b' against 'd'"),
         ([-0.1, 0.5], r"\[0, 1\]"),
+        (None, r"<lambda> returned None for 2 pairs; return one probability per pair"),
+        ([0.5, None], r"<lambda> returned \[0.5, None\] for 2 pairs"),
+        ("no", "return one probability per pair"),
     ],
 )
 def test_wrong_answers_are_refused(answer: Any, message: str) -> None:
@@ -71,6 +78,25 @@ def test_function_score_and_ensemble() -> None:
         ScoreJudge(lambda prompt, text: 0.0, scale=0.0)
 
 
+def silent(prompt: Any, a: str, b: str = "") -> None:
+    """A judge that forgot its return."""
+
+
+def failing(prompt: Any, a: str, b: str = "") -> float:
+    raise KeyError("my mistake")
+
+
+@pytest.mark.parametrize("kind", [FunctionJudge, ScoreJudge])
+def test_errors_name_the_function_and_the_pair(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"returned by silent for 'w3'.*, got None"):
+        query_judge(kind(silent), ["p"], ["w3"], ["w9"])
+    with pytest.raises(KeyError) as caught:
+        query_judge(kind(failing), ["p"], ["w3"], ["w9"])
+    notes = "\n".join(caught.value.__notes__)
+    assert "raised by failing for 'w3'" in notes
+    assert f"raised by {kind.__name__}, asked about 1 pairs, first 'w3' against 'w9'" in notes
+
+
 def test_word_game_is_antisymmetric_and_cycles() -> None:
     pure = {letter: " ".join([f"{letter}0"] * 5) for letter in "abcx"}
     for winner, loser in ("ab", "bc", "ca", "ax", "bx", "cx"):
@@ -82,10 +108,6 @@ def test_word_game_is_antisymmetric_and_cycles() -> None:
 
 
 def classifier(num_labels: int) -> Any:
-    from transformers import AutoModelForSequenceClassification
-
-    from lit_methods.llm.language_model import build_config
-
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(build_config({**LLAMA, "num_labels": num_labels}))
 
@@ -110,6 +132,88 @@ def test_reward_model_judge_scores_texts_alone_or_in_batches(tmp_path: Path) -> 
         RewardModelJudge(classifier(2), tokenizer)
     with pytest.raises(ValueError, match="tokenizer"):
         RewardModelJudge(model)
+
+
+@pytest.mark.parametrize("pad", [5, 0, 1, None])
+@pytest.mark.parametrize("ending", ["", " <eos>", " <pad>"])
+def test_reward_is_read_at_the_last_token_whatever_pads(pad: int | None, ending: str) -> None:
+    model, tokenizer = classifier(1), word_tokenizer(WORDS)
+    model.config.pad_token_id = pad
+    if pad == 1:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def reward(text: str) -> Tensor:
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state
+            return model.score(hidden)[0, -1, 0]
+
+    a, b = f" w1{ending}", f" w2 w3{ending}"
+    expected = torch.sigmoid(reward("w0" + a) - reward("w0" + b))
+    judge = RewardModelJudge(model, tokenizer)
+    torch.testing.assert_close(judge(["w0"], [a], [b])[0], expected, atol=1e-6, rtol=0)
+    among_longer = judge(["w0", "w0"], [a, " w1" * 9], [b, " w4"])[0]
+    torch.testing.assert_close(among_longer, expected, atol=1e-6, rtol=0)
+    assert model.config.pad_token_id == pad  # the user's model is left as it was
+
+
+def test_adapters_of_judges_are_merged(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    tokenizer = word_tokenizer([*WORDS[:16], "A", "B"])
+    for kind, task in (("causal", "CAUSAL_LM"), ("reward", "SEQ_CLS")):
+        load_causal_lm(LLAMA).save_pretrained(tmp_path / "base")
+        model: Any = load_causal_lm(str(tmp_path / "base"))
+        if task == "SEQ_CLS":
+            model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+        tuned = get_peft_model(model, LoraConfig(task_type=task, **lora))
+        tuned.save_pretrained(str(tmp_path / kind))
+        plain = copy.deepcopy(tuned).merge_and_unload()
+        path = str(tmp_path / kind)
+        if kind == "reward":
+            found, expected = RewardModelJudge(path, tokenizer), RewardModelJudge(plain, tokenizer)
+        else:
+            found, expected = PairwiseModelJudge(path, tokenizer), PairwiseModelJudge(plain, tokenizer)
+        prompts = [f"{prompt} " for prompt in PROMPTS]
+        torch.testing.assert_close(found(prompts, A, B), expected(prompts, A, B), atol=1e-5, rtol=0)
+
+
+def test_encoders_are_read_at_their_first_token() -> None:
+    bert = {"model_type": "bert", "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(
+        build_config({**bert, "intermediate_size": 32, "num_labels": 1, "pad_token_id": 0})
+    ).eval()
+    tokenizer = word_tokenizer(WORDS)
+
+    def reward(text: str) -> Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, 0]
+
+    found = RewardModelJudge(model, tokenizer)(["w0", "w0"], [" w1", " w1 w1 w1"], [" w2 w3", " w4"])
+    expected = torch.sigmoid(reward("w0 w1") - reward("w0 w2 w3"))
+    torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ('{prompt} {a} {b} {"best": "A"}', r"no fields but .*; write braces that are no field twice"),
+        ("{prompt} {a} {b} {question}", r"got \['question'\]"),
+        ("{prompt} {a} {b} {", "write braces that are no field twice"),
+        ("{prompt} {a:>9} {b}", "template must contain {a}"),
+        ("{prompt} {a!r} {b}", "template must contain {a}"),
+    ],
+)
+def test_templates_are_checked_at_construction(template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PairwiseModelJudge(load_causal_lm(LLAMA), word_tokenizer(WORDS), template=template, answers=("w0", "w1"))
+
+
+def test_templates_may_write_braces_twice() -> None:
+    template = 'w2 {prompt} {a} {b} {{"best": "A"}}'
+    judge = PairwiseModelJudge(load_causal_lm(LLAMA), word_tokenizer(WORDS), template=template, answers=("w0", "w1"))
+    assert judge._question("p", "{x}", "y") == 'w2 p {x} y {"best": "A"}'
 
 
 @pytest.mark.parametrize("kind", ["causal", 1, 2])
@@ -140,6 +244,13 @@ def test_pairwise_model_judge_has_no_position_bias(kind: Any) -> None:
             PairwiseModelJudge(model, tokenizer, answers=("A", "A"))
 
 
+def answer_headers(status: int, answer: bytes) -> list[tuple[str, str]]:
+    """A redirect's answer is its target; an answer that ends in ``...`` promises more than it holds."""
+    if 300 <= status < 400:
+        return [("Location", answer.decode())]
+    return [("Content-Length", str(len(answer) + 9))] if answer.endswith(b"...") else []
+
+
 Reply = Callable[[dict[str, Any], int], tuple[int, bytes]]
 
 
@@ -153,13 +264,23 @@ def server(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append({**body, "headers": dict(self.headers)})
             status, answer = reply(body, len(requests))
-            if status == 0:  # hang up
+            if status <= 0:  # hang up, or speak no HTTP
+                if status < 0:
+                    self.wfile.write(answer)
                 self.connection.close()
                 return
             self.send_response(status)
+            for name, value in answer_headers(status, answer):
+                self.send_header(name, value)
             self.end_headers()
             with suppress(BrokenPipeError):
                 self.wfile.write(answer)
+
+        def do_GET(self) -> None:
+            requests.append({"method": "GET", "headers": dict(self.headers)})
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"preferences": [1.0]}')
 
         def log_message(self, *arguments: Any) -> None:
             pass
@@ -208,7 +329,18 @@ def test_http_judge_asks_several_at_a_time_and_keeps_their_order() -> None:
         assert query_judge(judge, PROMPTS, A, B).tolist() == [0.75, 0.25, 0.75]
 
 
-@pytest.mark.parametrize("fault", [(500, b""), (429, b""), (200, b"<html>"), (0, b"")])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (500, b""),
+        (429, b""),
+        (200, b"<html>"),
+        (200, b"\xff\xfe"),
+        (200, b'{"prefer...'),  # ends before its Content-Length
+        (0, b""),
+        (-1, b"no HTTP at all\r\n\r\n"),
+    ],
+)
 def test_http_judge_tries_again_after_passing_faults(fault: tuple[int, bytes]) -> None:
     def reply(body: dict[str, Any], number: int) -> tuple[int, bytes]:
         return fault if number <= 2 else prefer_longer(body, number)
@@ -233,11 +365,82 @@ def test_http_judge_gives_up_on_slow_and_absent_servers() -> None:
         HTTPJudge(url, retries=1, backoff=0.01)(["p"], ["aaa"], ["b"])
 
 
-def test_http_judge_does_not_repeat_refused_requests() -> None:
-    with server(lambda body, number: (401, b"")) as (url, requests):
-        with pytest.raises(RuntimeError, match="refused the request: HTTP 401"):
+def test_http_judge_bounds_a_whole_attempt_and_not_each_read() -> None:
+    stop = threading.Event()
+
+    class Dripping(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while not stop.wait(0.02):
+                    self.wfile.write(b" ")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(RuntimeError, match=r"failed 1 times; last: .*timeout"):
+            HTTPJudge(f"http://127.0.0.1:{http.server_port}", timeout=0.5, retries=0)(["p"], ["aaa"], ["b"])
+    finally:
+        stop.set()
+        http.shutdown()
+        http.server_close()
+
+
+def test_http_judge_does_not_repeat_refused_requests_and_shows_why() -> None:
+    with server(lambda body, number: (401, b"no such key" + b"." * 999)) as (url, requests):
+        with pytest.raises(RuntimeError, match=r"refused the request: HTTP 401.*: no such key\.+$") as caught:
             HTTPJudge(url)(["p"], ["aaa"], ["b"])
         assert len(requests) == 1
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_http_judge_follows_redirects_as_post_and_never_to_another_host(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cret")
+    with server(prefer_longer) as (elsewhere, others), server(lambda *_: (status, elsewhere.encode())) as (url, _):
+        with pytest.raises(RuntimeError, match=r"refused the request: .*redirect to http.*, which is not followed"):
+            HTTPJudge(url, token_env="MY_TOKEN")(["p"], ["aaa"], ["b"])
+        assert others == []
+
+    def moved(body: dict[str, Any], number: int) -> tuple[int, bytes]:
+        return (status, b"/judge/") if number == 1 else prefer_longer(body, number)
+
+    with server(moved) as (url, requests):
+        if status == 303:  # means: ask again with GET
+            with pytest.raises(RuntimeError, match="not followed"):
+                HTTPJudge(url)(["p"], ["aaa"], ["b"])
+            assert len(requests) == 1
+        else:
+            assert HTTPJudge(url, token_env="MY_TOKEN")(["p"], ["aaa"], ["b"]).tolist() == [0.75]
+            assert [request["headers"]["Authorization"] for request in requests] == ["Bearer s3cret"] * 2
+            assert requests[1]["a"] == ["aaa"]
+
+
+def test_http_judge_takes_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "k3y")
+    monkeypatch.setenv("MY_TOKEN", "t0ken")
+    with server(prefer_longer) as (url, requests):
+        judge = HTTPJudge(url, headers_from_env={"X-Api-Key": "MY_KEY"}, token_env="MY_TOKEN")
+        judge(["p"], ["aaa"], ["b"])
+        assert requests[0]["headers"]["X-Api-Key"] == "k3y"
+        assert requests[0]["headers"]["Authorization"] == "Bearer t0ken"
+        assert "k3y" not in repr(vars(judge))
+        assert "t0ken" not in repr(vars(judge))
+    monkeypatch.delenv("MY_KEY")
+    with pytest.raises(ValueError, match="environment variable MY_KEY must be set"):
+        HTTPJudge(url, headers_from_env={"X-Api-Key": "MY_KEY"})
+    with pytest.raises(ValueError, match=r"no masked secret, got \['Authorization'\]"):
+        HTTPJudge(url, headers={"Authorization": "***"})
+    with pytest.raises(RuntimeError) as caught:
+        HTTPJudge("http://me:pass@127.0.0.1:9/?api_key=k3y", retries=0)(["p"], ["aaa"], ["b"])
+    assert "k3y" not in str(caught.value)
+    assert "pass@" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +450,7 @@ def test_http_judge_does_not_repeat_refused_requests() -> None:
         ({"scores": [0.5]}, "1 numbers"),
         ([0.5], "1 numbers"),
         ({"preferences": [None]}, "returned nan"),
+        ({"preferences": ["A"]}, "must answer with numbers"),
         ({"preferences": [1.5]}, "returned 1.5"),
     ],
 )

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 from lit_methods.llm.language_model import (
     EncodedPrompts,
     LanguageModel,
-    build_config,
     encode_prompts,
     encode_responses,
     end_token_ids,
-    load_causal_lm,
     load_tokenizer,
-    weights_hash,
     word_tokenizer,
 )
+from lit_methods.llm.loading import Loading, build_config, load_causal_lm, weights_hash
 from lit_methods.llm.logprobs import position_ids
 from tests.unit.llm.tiny import LLAMA, WORDS, save_tiny
 
@@ -205,13 +203,13 @@ def test_wanted_responses_end() -> None:
 
 def test_loading(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "model")
-    lm = load_causal_lm(path, architecture={"model_type": "llama", "hidden_size": 16})
+    lm = load_causal_lm(path, Loading(architecture={"model_type": "llama", "hidden_size": 16}))
     assert lm.dtype == torch.float32
     assert load_causal_lm(lm) is lm
-    assert load_causal_lm(path, dtype="bfloat16").dtype == torch.bfloat16
+    assert load_causal_lm(path, Loading(dtype="bfloat16")).dtype == torch.bfloat16
     assert len(load_tokenizer(path)) == 20
     with pytest.raises(ValueError, match="hidden_size=32"):
-        load_causal_lm(path, architecture={"hidden_size": 32})
+        load_causal_lm(path, Loading(architecture={"hidden_size": 32}))
     with pytest.raises(ValueError, match="model_type"):
         build_config({"hidden_size": 4})
     tokenizer = word_tokenizer(WORDS)

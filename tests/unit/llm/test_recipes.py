@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lit_methods.llm import FunctionJudge, NashMP
+from lit_methods.llm import FunctionJudge, Loading, NashMP
 from lit_methods.llm.language_model import word_tokenizer
 from tests.unit.llm.tiny import WORDS, more_low_words
 
@@ -21,7 +21,8 @@ def test_paper_recipe_builds(name: str) -> None:
     arguments: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["model"]["init_args"]
     for replaced in ("model", "judge", "optimizer"):
         arguments.pop(replaced)
-    architecture = arguments.pop("architecture")
+    loading = arguments["loading"]
+    architecture = loading.pop("architecture")
     with torch.device("meta"):
         module = NashMP(architecture, FunctionJudge(more_low_words), word_tokenizer(WORDS), **arguments)
         module.configure_model()
@@ -41,5 +42,5 @@ def test_architecture_fields_are_checked_against_the_weights(tmp_path: Path) -> 
 
     with pytest.raises(ValueError, match="num_hidden_layers=28"):
         NashMP(
-            save_tiny(tmp_path), FunctionJudge(more_low_words), architecture={"num_hidden_layers": 28}
+            save_tiny(tmp_path), FunctionJudge(more_low_words), loading=Loading(architecture={"num_hidden_layers": 28})
         ).configure_model()

@@ -10,11 +10,10 @@ from torch import Tensor
 from lit_methods.llm.language_model import (
     EncodedPrompts,
     LanguageModel,
-    add_adapters,
     encode_prompts,
-    load_causal_lm,
     word_tokenizer,
 )
+from lit_methods.llm.loading import add_adapters, load_causal_lm
 from lit_methods.llm.logprobs import position_ids, response_mask
 from lit_methods.llm.sampling import Generation, LocalSampler, VLLMSampler
 from tests.unit.llm.tiny import LLAMA, LORA, WORDS
@@ -126,11 +125,10 @@ def test_same_generator_same_draws() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"temperature": 0.0}, "temperature=0"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_p": 0.0}, "top_p=0"),
-        ({"eos_token_ids": []}, "eos_token_ids"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"top_p": 0.0}, "top_p must be in"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], message: str) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_methods.batches import Prompt
-from lit_methods.llm.language_model import load_causal_lm, word_tokenizer
+from lit_methods.llm.language_model import word_tokenizer
+from lit_methods.llm.loading import load_causal_lm
 
 WORDS = [f"w{index}" for index in range(18)]
 LLAMA: dict[str, Any] = {

@@ -13,6 +13,7 @@ from lit_methods.datamodules import ImitationDataModule
 from lit_methods.nets import MLP, LinearFeedback
 from lit_methods.online import OnlineImitation
 from lit_methods.optim import SSO, ArmijoSGD
+from lit_methods.optim.sso import ConjugateGradient
 
 pytest.importorskip("gymnasium")
 GAIN = [[-0.7224, -6.83, -0.9233, -1.0845]]
@@ -40,7 +41,7 @@ def make_trainer(folder: Path | None = None, epochs: int = 4, **options) -> Trai
 def test_exact_sso_imitates_a_linear_expert_in_one_round() -> None:
     module = make_module(
         zero_init=True,
-        optimizer=lambda p: SSO(p, lr=None, loss="mse", inner="cg", inner_steps=30, inner_tol=0.0),
+        optimizer=lambda p: SSO(p, lr=None, loss="mse", inner=ConjugateGradient(steps=30, tol=0.0)),
     )
     trainer = make_trainer(epochs=3)
     trainer.fit(module, make_data())

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from lit_methods.batches import RolloutBatch, TransitionBatch
+from lit_methods.batches import RolloutBatch, Spaces, TransitionBatch
 from lit_methods.datamodules import ReplayDataModule, RolloutDataModule
 from lit_methods.optim import MDPO
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
-from lit_methods.rl.mdpo import generalized_advantages, log_tanh_derivative, normal_log_prob, tsallis_log
+from lit_methods.rl.mdpo.off_policy import log_tanh_derivative, normal_log_prob, tsallis_log
+from lit_methods.rl.mdpo.on_policy import generalized_advantages
 from lit_methods.rl.networks import (
     CategoricalPolicy,
     GaussianPolicy,
@@ -117,18 +118,18 @@ def off_policy(**arguments) -> OffPolicyMDPO:
     return module
 
 
-def actor_gradient(module: OffPolicyMDPO, inverse_t: float) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+def actor_gradient(module: OffPolicyMDPO, inverse_t: float) -> tuple[Tensor, list[Tensor], Tensor]:
     observations = torch.randn(20, 3, generator=torch.Generator().manual_seed(1)).double()
     torch.manual_seed(2)
-    found: dict[str, Tensor] = {}
-    loss = module._actor_loss(observations, inverse_t, found)
-    return loss.detach(), list(torch.autograd.grad(loss, list(module.actor.parameters()))), found
+    step = module._actor_step(observations, inverse_t)
+    gradient = list(torch.autograd.grad(step.loss, list(module.actor.parameters())))
+    return step.loss.detach(), gradient, step.values
 
 
 def test_sac_is_the_limit():
     """1/t = lambda: loss and gradient are those of a plainly written SAC, whatever the anchor."""
     module = off_policy(entropy_coef=0.3, action_reg=0.0)
-    loss, gradient, found = actor_gradient(module, 0.3)
+    loss, gradient, values = actor_gradient(module, 0.3)
     observations = torch.randn(20, 3, generator=torch.Generator().manual_seed(1)).double()
     torch.manual_seed(2)
     mean, log_std = module.actor(observations)
@@ -139,7 +140,7 @@ def test_sac_is_the_limit():
     expected = (0.3 * log_prob - q[0]).mean()
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, list(torch.autograd.grad(expected, list(module.actor.parameters()))))
-    torch.testing.assert_close(found["values"], (q.amin(0) - 0.3 * log_prob).detach())
+    torch.testing.assert_close(values, (q.amin(0) - 0.3 * log_prob).detach())
 
 
 def test_the_anchor_matters_away_from_the_limit():
@@ -154,7 +155,7 @@ def test_the_anchor_matters_away_from_the_limit():
 
 def test_actor_loss_with_tsallis_terms():
     module = off_policy(entropy_coef=0.3, tsallis_q=2.0, action_reg=0.01, policy_q="min")
-    loss, _, found = actor_gradient(module, 1.5)
+    loss, _, values = actor_gradient(module, 1.5)
     observations = torch.randn(20, 3, generator=torch.Generator().manual_seed(1)).double()
     torch.manual_seed(2)
     mean, log_std = module.actor(observations)
@@ -169,7 +170,7 @@ def test_actor_loss_with_tsallis_terms():
     expected = (1.5 * log_q - 2 * (1.5 - 0.3) * old_log_q - q).mean()
     expected = expected + 0.01 * (mean.square().mean() + log_std.square().mean())
     torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(found["values"], (q - 0.3 * log_q).detach())
+    torch.testing.assert_close(values, (q - 0.3 * log_q).detach())
     nearly_kl, kl = (actor_gradient(off_policy(tsallis_q=q), 1.0)[0] for q in (1.0001, 1.0))
     torch.testing.assert_close(nearly_kl, kl, rtol=0, atol=5e-3)
 
@@ -249,6 +250,118 @@ def test_rollouts_come_from_the_policy_that_is_about_to_be_updated(env):
     assert len(actions) == 4
 
 
+def test_actions_have_the_sign_of_the_actors_mean():
+    module = off_policy()
+    observations = torch.randn(7, 3).double()
+    mean, _ = module.actor(observations)
+    low, high = torch.tensor([-2.0, 0.0]).double(), torch.tensor([2.0, 1.0]).double()
+    expected = low + (high - low) * (1 + mean.detach().tanh()) / 2
+    torch.testing.assert_close(module(observations), expected)
+    torch.testing.assert_close(module.act(observations, deterministic=True)[0], expected)
+
+
+@pytest.mark.parametrize(("every", "logged"), [(3, [3, 5]), (0, [5])])
+def test_off_policy_logs_every_so_many_steps_and_at_the_end_of_an_epoch(every, logged):
+    seen = []
+
+    class Watched(OffPolicyMDPO):
+        def log_dict(self, values, **arguments):
+            if "train/drift" in values:
+                seen.append(self.trainer.global_step)
+            super().log_dict(values, **arguments)
+
+    module = Watched(TanhGaussianActor(), TwinCritic(), ValueNetwork())
+    data = ReplayDataModule("Pendulum-v1", batch_size=4, learning_starts=5, updates_per_epoch=5, num_eval_episodes=1)
+    Trainer(**{**QUIET, "log_every_n_steps": every}, max_epochs=1, limit_val_batches=0).fit(module, data)
+    assert seen == logged
+
+
+def on_policy(**arguments) -> OnPolicyMDPO:
+    torch.manual_seed(0)
+    return OnPolicyMDPO(GaussianPolicy(3, 1, [8]), ValueNetwork(3, [8]), 3, total_iterations=10, **arguments)
+
+
+def unsized_on_policy(**arguments) -> OnPolicyMDPO:
+    return OnPolicyMDPO(GaussianPolicy(hidden_features=[8]), ValueNetwork(hidden_features=[8]), **arguments)
+
+
+def test_sizes_and_bounds_come_from_the_environment(tmp_path):
+    data = ReplayDataModule("Pendulum-v1", batch_size=4, learning_starts=5, updates_per_epoch=2, num_eval_episodes=1)
+    module = OffPolicyMDPO(TanhGaussianActor(None, None, [8]), TwinCritic(None, None, [8]), ValueNetwork(None, [8]))
+    trainer = Trainer(**QUIET, max_epochs=1)
+    trainer.fit(module, data)
+    assert (module.actor.shift.tolist(), module.actor.scale.tolist()) == ([0.0], [2.0])
+    assert module.target_value.value[0].in_features == 3
+    trainer.save_checkpoint(tmp_path / "off.ckpt")
+    again = OffPolicyMDPO.load_from_checkpoint(
+        tmp_path / "off.ckpt", actor=TanhGaussianActor(None, None, [8]), critics=TwinCritic(None, None, [8]),
+        value=ValueNetwork(None, [8]), weights_only=True,
+    )  # fmt: skip
+    torch.testing.assert_close(again(torch.ones(2, 3)), module(torch.ones(2, 3)))
+    module = unsized_on_policy()
+    trainer = Trainer(**QUIET, max_epochs=1)
+    trainer.fit(module, RolloutDataModule("Pendulum-v1", 1, 10, iterations_per_epoch=1, num_eval_episodes=1))
+    assert module.observation_moments.mean.shape == (3,)
+    trainer.save_checkpoint(tmp_path / "on.ckpt")
+    again = OnPolicyMDPO.load_from_checkpoint(
+        tmp_path / "on.ckpt", policy=GaussianPolicy(hidden_features=[8]), critic=ValueNetwork(hidden_features=[8])
+    )
+    torch.testing.assert_close(again(torch.ones(2, 3)), module(torch.ones(2, 3)))
+
+
+PENDULUM = Spaces((3,), 0, (-2.0,), (2.0,))
+
+
+@pytest.mark.parametrize(
+    ("module", "spaces", "message"),
+    [
+        (on_policy, PENDULUM._replace(observation_shape=(4,)), r"observation_size of GaussianPolicy must be 4"),
+        (on_policy, PENDULUM._replace(low=(-2.0, 0.0)), r"action_size of GaussianPolicy must be 2"),
+        (on_policy, PENDULUM._replace(observation_shape=(3, 2)), r"of one dimension, got shape \(3, 2\)"),
+        (on_policy, Spaces((3,), 4, (), ()), "GaussianPolicy must get continuous actions, but these are discr"),
+        (off_policy, Spaces((3,), 4, (), ()), "OffPolicyMDPO must get continuous actions"),
+        (off_policy, Spaces((3,), 0, (-2.0, 0.0), (2.0, 0.9)), r"low and high must be the environment's, \(-2"),
+        (off_policy, Spaces((3,), 0, (-2.0, -0.1), (2.0, 1.0)), r"low and high must be the environment's"),
+        (off_policy, Spaces((3,), 0, (-1.0, 0.0), (2.1, 0.1), True), "must contain the recorded actions"),
+    ],
+)  # fmt: skip
+def test_sizes_and_bounds_that_are_not_the_environments_are_refused(module, spaces, message):
+    with pytest.raises(ValueError, match=message):
+        module().fit_to(spaces)
+
+
+def test_the_shape_of_observations_must_be_the_environments():
+    module = OnPolicyMDPO(nn.Linear(3, 2), nn.Linear(3, 1), (3,))
+    with pytest.raises(ValueError, match=r"observation_shape must be \(4,\), as the environment has it, got \(3,\)"):
+        module.fit_to(PENDULUM._replace(observation_shape=(4,)))
+    module.fit_to(PENDULUM)
+
+
+def test_bounds_that_nobody_knows_are_asked_for():
+    for spaces in (PENDULUM._replace(observed=True), PENDULUM._replace(low=(-math.inf,))):
+        with pytest.raises(ValueError, match="low and high must be given"):
+            TanhGaussianActor(3, 1).fit_to(spaces)
+    off_policy().fit_to(Spaces((3,), 0, (-1.0, 0.1), (1.9, 0.9), True))  # within the bounds that were given
+
+
+def test_networks_without_sizes_say_so():
+    with pytest.raises(
+        RuntimeError, match=r"GaussianPolicy has no layers before .* give \['observation_size', 'action_size'\]"
+    ):
+        GaussianPolicy()(torch.ones(2, 3))
+    module = unsized_on_policy()
+    module._trainer = SimpleNamespace(datamodule=None)
+    with pytest.raises(ValueError, match="tells no sizes: give those of policy, critic"):
+        module.configure_model()
+    with pytest.raises(ValueError, match="low and high must both be given"):
+        TanhGaussianActor(low=1.0)
+    with pytest.raises(ValueError, match="initialization must be"):
+        GaussianPolicy(initialization="zero")
+    policy = CategoricalPolicy(hidden_features=[4])
+    policy.fit_to(Spaces((3,), 5, (), ()))
+    assert policy(torch.ones(2, 3)).logits.shape == (2, 5)
+
+
 def fake_rollout(steps: int = 40, envs: int = 4, seed: int = 0) -> RolloutBatch:
     g = torch.Generator().manual_seed(seed)
     ended = torch.rand(steps, envs, generator=g)
@@ -263,11 +376,6 @@ def fake_rollout(steps: int = 40, envs: int = 4, seed: int = 0) -> RolloutBatch:
         torch.tensor([3.0, 5.0]),
         torch.tensor(160),
     )
-
-
-def on_policy(**arguments) -> OnPolicyMDPO:
-    torch.manual_seed(0)
-    return OnPolicyMDPO(GaussianPolicy(3, 1, [8]), ValueNetwork(3, [8]), 3, total_iterations=10, **arguments)
 
 
 def test_values_follow_the_true_next_observation():
@@ -315,7 +423,7 @@ def test_time_limits_bootstrap_unless_told_otherwise(bootstrap, monkeypatch):
         seen.update(terminations=terminations, truncations=truncations)
         raise InterruptedError
 
-    monkeypatch.setattr("lit_methods.rl.mdpo.generalized_advantages", record)
+    monkeypatch.setattr("lit_methods.rl.mdpo.on_policy.generalized_advantages", record)
     with pytest.raises(InterruptedError):
         module.training_step(batch, 0)
     ended = batch.terminations + batch.truncations

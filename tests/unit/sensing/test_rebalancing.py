@@ -64,8 +64,47 @@ def test_low_precision_factors_are_computed_in_float32():
         (torch.ones(4, 3), {"beta": 0.0}, "beta must be > 0"),
         (torch.ones(4, 3), {"rank": 4}, "rank must be in"),
         (torch.full((4, 3), torch.nan), {}, "must be finite"),
+        (torch.ones(4, 3), {"max_sharpness": 0.5}, "max_sharpness must be >= 1"),
     ],
 )
 def test_bad_input(f, arguments, message):
     with pytest.raises(ValueError, match=message):
         rebalance_factors_(f, torch.ones(5, 3), **arguments)
+
+
+def test_a_product_of_zero_is_left_alone():
+    f, g = random(2, 6, 3), random(2, 5, 3, seed=1)
+    f[0] = 0
+    before = f.clone(), g.clone()
+    betas = rebalance_factors_(f, g)
+    assert betas[0] == 0 < betas[1]
+    assert torch.equal(f[0], before[0][0])
+    assert torch.equal(g[0], before[1][0])
+    torch.testing.assert_close(f[1] @ g[1].mT, before[0][1] @ before[1][1].mT)
+    tiny = 1e-30 * torch.randn(4, 2), torch.randn(3, 2)  # as after LoRA's first step
+    rebalance_factors_(*tiny)
+    assert all(x.isfinite().all() for x in tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_only_real_floating_point_factors(dtype):
+    f, g = torch.ones(4, 2, dtype=dtype), torch.ones(3, 2)
+    with pytest.raises(TypeError, match="left must have a real floating-point dtype, got torch"):
+        rebalance_factors_(f, g)
+    with pytest.raises(TypeError, match="right must have a real floating-point dtype, got torch"):
+        rebalance_factors_(g, f)
+
+
+def test_the_default_beta_bounds_the_sharpness():
+    """sigma = 1, 0.01: sqrt(0.01 / 2) would make the sharpness 200 times the present one."""
+    u, v = torch.linalg.qr(random(8, 2)).Q, torch.linalg.qr(random(7, 2, seed=1)).Q
+    root = torch.tensor([1.0, 0.1], dtype=torch.float64)
+
+    def sharpness(multiple):
+        f, g = u * root, v * root
+        rebalance_factors_(f, g, rank=2, max_sharpness=multiple)
+        return float(torch.linalg.matrix_norm(f, 2) ** 2 + torch.linalg.matrix_norm(g, 2) ** 2)
+
+    assert sharpness(1.0) == pytest.approx(2)
+    assert sharpness(4.0) == pytest.approx(8)
+    assert sharpness(1e3) == pytest.approx(0.005 + 1 / 0.005)

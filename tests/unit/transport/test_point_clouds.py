@@ -74,7 +74,7 @@ def test_second_derivatives_of_tiles_are_refused():
         (lambda: point_cost(torch.zeros(2, 2), torch.zeros(2, 3)), "x and y must have shapes"),
         (lambda: point_cost(torch.zeros(2, 2), torch.zeros(2, 2), 3), "p must be 1 or 2"),
         (lambda: OTLoss(tiled=True)(torch.zeros(2, 2), torch.zeros(3, 3)), "x and y must have shapes"),
-        (lambda: OTLoss(tiled=True)(torch.zeros(2, 2), torch.ones(2, 2), -torch.ones(2)), "a must be > 0"),
+        (lambda: OTLoss(tiled=True)(torch.zeros(2, 2), torch.ones(2, 2), -torch.ones(2)), "a must be >= 0"),
         (lambda: grid_points(), "sizes must be"),
         (lambda: grid_points(3, 0), "sizes must be"),
     ],

@@ -294,6 +294,85 @@ def test_float32_converges_where_gains_are_below_rounding():
         assert sinkhorn_newton(cost, eta=eta, warmup=5).converged.all()
 
 
+@pytest.mark.parametrize("kind", ["assignment", "squared", "distance"])
+def test_float32_reaches_a_marginal_error_of_1e_5(kind):
+    """Where ``eta`` times a rounding error of the costs is ten times as much."""
+    grid = torch.cartesian_prod(torch.arange(12.0), torch.arange(12.0))
+    cost = (
+        assignment(144).float() if kind == "assignment" else torch.cdist(grid, grid) ** (2 if kind == "squared" else 1)
+    )
+    _, a, b = random_problem(144, 144)
+    result = sinkhorn_newton(cost / cost.max(), a.float(), b.float(), eta=1200.0)
+    exact = sinkhorn_newton((cost / cost.max()).double(), a, b, eta=1200.0)
+    assert float(result.marginal_error) < 1e-5
+    assert bool(result.converged)
+    torch.testing.assert_close(result.cost, exact.cost.float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "constant", "tolerance"), [(torch.float32, 1e3, 2e-2), (F64, -1e5, 1e-8)])
+def test_a_constant_added_to_the_cost_does_not_matter(dtype, constant, tolerance):
+    """The rounding of ``cost + constant`` remains, ``eta`` times 3e-5 and 7e-12."""
+    cost, a, b = (x.to(dtype) for x in random_problem(30, 40))
+    moved = (cost + constant).requires_grad_()
+    weights = a.clone().requires_grad_()
+    plain, far = (sinkhorn_newton(c, w, b, eta=300.0) for c, w in ((cost, a), (moved, weights)))
+    assert bool(far.converged)
+    assert int(far.n_newton) <= int(plain.n_newton) + 1
+    assert float((far.plan - plain.plan).detach().abs().sum()) < tolerance
+    torch.testing.assert_close(far.plan, (300 * (far.f[:, None] + far.g - moved) - 1).exp(), rtol=0.1, atol=1e-6)
+    for field in ("value", "cost"):
+        torch.testing.assert_close(getattr(far, field), getattr(plain, field) + constant, rtol=1e-6, atol=tolerance)
+    far.value.backward()
+    assert float((moved.grad - plain.plan).abs().sum()) < tolerance
+    torch.testing.assert_close(weights.grad - weights.grad.mean(), far.f - far.f.mean(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(SinkhornNewton(300.0).value(moved, a, b), far.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_histograms_with_empty_bins_make_a_batch(dtype):
+    cost, a, b = (x.to(dtype) for x in random_problem(9, 12, (3,)))
+    a[0, :4], a[1, 3], b[1, 5:], b[2, 0] = 0, 0, 0, 0
+    a, b = (w / w.sum(-1, keepdim=True) for w in (a, b))
+    cost.requires_grad_()
+    together = sinkhorn_newton(cost, a, b, eta=100.0)
+    assert bool(together.converged.all())
+    (together.cost.sum() + together.value.sum()).backward()
+    for i in range(3):
+        rows, columns = a[i] > 0, b[i] > 0
+        part = cost.detach()[i][rows][:, columns].requires_grad_()
+        alone = sinkhorn_newton(part, a[i, rows], b[i, columns], eta=100.0)
+        (alone.cost + alone.value).backward()
+        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-9}
+        torch.testing.assert_close(together.plan[i][rows][:, columns], alone.plan, **tolerance)
+        torch.testing.assert_close(together.cost[i], alone.cost, **tolerance)
+        torch.testing.assert_close(cost.grad[i][rows][:, columns], part.grad, **{**tolerance, "atol": 1e-3})
+        assert float(cost.grad[i][~rows].abs().sum() + cost.grad[i][:, ~columns].abs().sum()) < 1e-4
+
+
+def test_weights_and_starts_broadcast_over_two_batch_dimensions():
+    cost, a, b = random_problem(4, 5, (2, 3))
+    result = sinkhorn_newton(cost, a[0], b[1, 2], eta=20.0)
+    again = sinkhorn_newton(cost, a[0], b[1, 2], eta=20.0, warmstart=result.g)
+    torch.testing.assert_close(result.plan.sum(-1), a[0].expand(2, 3, 4), rtol=0, atol=1e-9)
+    torch.testing.assert_close(result.plan.sum(-2), b[1, 2].expand(2, 3, 5), rtol=0, atol=1e-9)
+    torch.testing.assert_close(again.plan, result.plan, rtol=0, atol=1e-9)
+    assert int(again.n_sinkhorn.max()) == 0
+
+
+def test_only_topk_thins_a_hessian_that_is_not_sparse(monkeypatch):
+    """Half of the plan is a bad Hessian; ``adaptive`` then takes it whole, by conjugate gradients."""
+    monkeypatch.setattr(semi_dual, "_DENSE_WORK", 0)
+    cost, a, b = random_problem(20, 20, (1,))
+    directions = {}
+    for sparsity in ("dense", "topk", "adaptive"):
+        dual = semi_dual.DenseDual(cost, 5.0, a, b, torch.empty_like(cost), sparsity, 10, False)
+        at = dual.at(1.0, torch.zeros_like(b))._replace(error=torch.full((1,), 1e-12, dtype=F64))
+        direction = dual.direction(1.0, at, b - at.columns, torch.zeros(1, 1, dtype=F64))
+        directions[sparsity] = direction - direction.mean()  # adding a constant changes no plan
+    torch.testing.assert_close(directions["adaptive"], directions["dense"], rtol=0, atol=1e-4)
+    assert float((directions["topk"] - directions["dense"]).abs().max()) > 1e-2
+
+
 def test_exact_marginal_is_that_of_the_longer_side():
     for shape, exact, near in (((30, 20), -1, -2), ((20, 30), -2, -1)):
         cost = random_problem(*shape)[0]
@@ -395,10 +474,10 @@ def test_gradient_of_the_value_with_forbidden_pairs_is_finite():
         ({"eta": 0.0}, "eta must be > 0"),
         ({"eta": None, "reg": -1.0}, "reg must be > 0"),
         ({"tol": 0.0}, "tol must be > 0"),
-        ({"warmup": -1}, "warmup must be at least 0"),
-        ({"max_newton": -1}, "max_newton must be at least 0"),
-        ({"nnz_per_row": 0}, "nnz_per_row must be at least 1"),
-        ({"eps_scaling": -1}, "eps_scaling must be at least 0"),
+        ({"warmup": -1}, "warmup must be >= 0"),
+        ({"max_newton": -1}, "max_newton must be >= 0"),
+        ({"nnz_per_row": 0}, "nnz_per_row must be >= 1"),
+        ({"eps_scaling": -1}, "eps_scaling must be >= 0"),
         ({"sparsity": "sparse"}, "sparsity must be 'adaptive'"),
         ({"dtype": torch.float16}, "dtype must be torch.float32"),
     ],
@@ -418,9 +497,11 @@ def test_bad_settings(arguments, message):
         ((torch.full((2, 2), math.nan),), "cost must hold no NaN"),
         ((torch.full((2, 2), -math.inf),), "cost must hold no NaN and no -inf"),
         ((torch.tensor([[1.0, math.inf], [1.0, math.inf]]),), "cost must have a finite entry"),
-        ((torch.ones(2, 2), torch.tensor([1.0, 0.0])), "a must be > 0"),
-        ((torch.ones(2, 2), torch.tensor([math.nan, 0.5])), "a must be > 0"),
-        ((torch.ones(2, 2), None, torch.tensor([1.5, -0.5])), "b must be > 0"),
+        ((torch.ones(2, 2), torch.tensor([math.nan, 0.5])), "a must be >= 0"),
+        ((torch.ones(2, 2), None, torch.tensor([1.5, -0.5])), "b must be >= 0"),
+        ((torch.ones(2, 2), torch.zeros(2), torch.zeros(2)), "a and b must have a sum > 0"),
+        ((torch.tensor([[1.0, 2.0], [math.inf, math.inf]]),), "a finite entry in every row and every column"),
+        ((torch.tensor([[1.0, math.inf], [2.0, math.inf]]),), "a finite entry in every row and every column"),
         ((torch.ones(2, 2), torch.ones(3) / 3), "a must have shape"),
         ((torch.ones(2, 2), None, torch.tensor(1.0)), "b must have shape"),
         ((torch.ones(2, 2), torch.tensor([1, 1])), "a must be floating point"),

@@ -186,3 +186,21 @@ def test_two_ranks_reduce_the_metric_average_gradients_and_join_points():
 def test_bad_arguments(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_gradient_of_a_batch_with_a_distance_of_zero_is_finite(p):
+    x = torch.zeros(2, 3, 2, requires_grad=True)
+    y = torch.stack([torch.zeros(3, 2), torch.ones(3, 2)])
+    distance = wasserstein_distance(x, y, p=p)
+    torch.testing.assert_close(distance.detach(), torch.tensor([0.0, 2**0.5]))
+    distance.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0], torch.zeros(3, 2))
+    torch.testing.assert_close(x.grad[1], torch.full((3, 2), -1 / (3 * 2**0.5)))
+
+
+def test_one_hot_histograms():
+    line = grid_points(4)[None].expand(4, -1, -1)
+    first = torch.tensor([1.0, 0, 0, 0]).expand(4, -1)
+    torch.testing.assert_close(wasserstein_distance(line, line, torch.eye(4), first, p=1), torch.arange(4.0))

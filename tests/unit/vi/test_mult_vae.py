@@ -12,7 +12,7 @@ from torch.nn import functional
 from lit_methods.batches import InteractionBatch
 from lit_methods.datamodules import MovieLensDataModule
 from lit_methods.vi import MultDAE, MultVAE
-from lit_methods.vi.mult_vae import _NegativeLogLikelihood, gaussian_kl
+from lit_methods.vi.mult_vae.losses import gaussian_kl, negative_log_likelihood
 from tests.standins.interaction_files import write_u_data
 
 USERS, ITEMS = 7, 12
@@ -127,7 +127,7 @@ def test_likelihood_and_its_gradient(likelihood, counts) -> None:
     logits = (3 * torch.randn(USERS, ITEMS, dtype=torch.float64)).requires_grad_()
 
     def lean(f: Tensor) -> Tensor:
-        return _NegativeLogLikelihood.apply(f * 1.0, sparse(x), likelihood, 5.0)
+        return negative_log_likelihood(f * 1.0, sparse(x), likelihood, 5.0)
 
     expected = dense_nll(logits, x, likelihood, 5.0)
     torch.testing.assert_close(lean(logits), expected)
@@ -139,23 +139,23 @@ def test_likelihood_of_uniform_logits_and_of_huge_ones() -> None:
     x = torch.zeros(2, ITEMS)
     x[0, :4] = 1
     x[1, 5] = 2
-    nll = _NegativeLogLikelihood.apply(torch.zeros(2, ITEMS), sparse(x), "multinomial", 1.0)
+    nll = negative_log_likelihood(torch.zeros(2, ITEMS), sparse(x), "multinomial", 1.0)
     torch.testing.assert_close(nll, torch.tensor((4 + 2) / 2 * math.log(ITEMS)))
     logits = torch.randn(2, ITEMS) * 1e4
     expected = dense_nll(logits.double(), x.double(), "multinomial", 1.0).float()
-    torch.testing.assert_close(_NegativeLogLikelihood.apply(logits, sparse(x), "multinomial", 1.0), expected)
+    torch.testing.assert_close(negative_log_likelihood(logits, sparse(x), "multinomial", 1.0), expected)
 
 
 def test_likelihood_in_bfloat16_is_computed_in_float32(counts) -> None:
     logits = (5 * torch.randn(USERS, ITEMS)).bfloat16()
     expected = dense_nll(logits.float(), counts, "multinomial", 1.0)
     x = sparse(counts)
-    torch.testing.assert_close(_NegativeLogLikelihood.apply(logits.clone(), x, "multinomial", 1.0), expected)
+    torch.testing.assert_close(negative_log_likelihood(logits.clone(), x, "multinomial", 1.0), expected)
 
 
 def test_a_second_backward_is_refused(counts) -> None:
     logits = torch.zeros(USERS, ITEMS, requires_grad=True)
-    nll = _NegativeLogLikelihood.apply(logits * 1, sparse(counts), "multinomial", 1.0)
+    nll = negative_log_likelihood(logits * 1, sparse(counts), "multinomial", 1.0)
     nll.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up"):
         nll.backward()
@@ -193,6 +193,33 @@ def test_kl() -> None:
     mean.requires_grad_()
     log_variance.requires_grad_()
     assert torch.autograd.gradcheck(gaussian_kl, (mean, log_variance))
+
+
+@pytest.mark.parametrize("make", [MultVAE, MultDAE])
+def test_float64_losses_are_computed_in_float64(make, monkeypatch) -> None:
+    """All terms, on weights and codes that float32 would round."""
+    module = make(
+        ITEMS,
+        (8,),
+        4,
+        dropout=0.0,
+        **({"anneal_cap": 1.0, "total_anneal_steps": 0} if make is MultVAE else {"l2_penalty": 1.0}),
+    )
+    module.double()
+    logged: dict[str, Tensor] = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    counts = sparse((torch.rand(3, ITEMS, generator=torch.Generator().manual_seed(0)) > 0.5).double())
+    loss = module.training_step(counts, 0)
+    if make is MultVAE:
+        expected = gaussian_kl(*module.encode(counts)).mean()
+        torch.testing.assert_close(logged["train/kl"], expected, rtol=1e-14, atol=0)
+    else:
+        squares = sum(
+            p.square().sum() for name, p in module.named_parameters() if "weight" in name or "embedding" in name
+        )
+        torch.testing.assert_close(loss - logged["train/nll"], squares, rtol=1e-13, atol=0)
+    assert loss.dtype == module.recommend(counts, 2)[1].dtype == torch.float64
 
 
 @pytest.mark.parametrize(

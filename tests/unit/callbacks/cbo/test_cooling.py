@@ -9,6 +9,7 @@ from lit_methods.callbacks import CBOCooling
 from lit_methods.datamodules import DigitsDataModule
 from lit_methods.nets import PostNormMLP
 from lit_methods.optim import CBO
+from lit_methods.optim.cbo import ParticleBatches
 
 QUIET = {
     "logger": False,
@@ -26,7 +27,7 @@ def test_cooling_follows_the_formula_and_survives_a_checkpoint(tmp_path) -> None
     module = CBOModule(
         PostNormMLP(64, [10]),
         num_classes=10,
-        optimizer=lambda params: CBO(params, sigma=1.0, alpha=5.0, num_particles=30, particle_batch_size=5),
+        optimizer=lambda params: CBO(params, sigma=1.0, alpha=5.0, num_particles=30, batches=ParticleBatches(5)),
     )
     cooling = CBOCooling(every_n_epochs=2, reduction=0.5)
     trainer = Trainer(max_epochs=5, callbacks=[cooling], **QUIET)

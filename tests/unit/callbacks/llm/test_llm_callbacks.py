@@ -6,13 +6,19 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from lit_methods.callbacks import ExportHF, SampleTable, SFTWarmup, WinRate
 from lit_methods.callbacks.llm.win_rate import bootstrap_interval, length_controlled
 from lit_methods.datamodules import PromptDataModule
-from lit_methods.llm import FunctionJudge, NashMP, SupervisedFineTuning
-from lit_methods.llm.language_model import load_causal_lm, load_tokenizer
+from lit_methods.llm import FunctionJudge, Generation, Loading, NashMP, SupervisedFineTuning
+from lit_methods.llm.language_model import load_tokenizer
+from lit_methods.llm.loading import load_causal_lm
 from tests.unit.llm.tiny import LLAMA, LORA, PROMPTS, WORDS, more_low_words, save_tiny
 
 ROWS = [{"prompt": prompt, "response": "w3 w4 w5"} for prompt in PROMPTS] * 3
@@ -20,7 +26,11 @@ ROWS = [{"prompt": prompt, "response": "w3 w4 w5"} for prompt in PROMPTS] * 3
 
 def build(**options: Any) -> NashMP:
     torch.manual_seed(0)
-    defaults: dict[str, Any] = {"model": LLAMA, "tokenizer": {"words": WORDS}, "max_new_tokens": 6}
+    defaults: dict[str, Any] = {
+        "model": LLAMA,
+        "tokenizer": {"words": WORDS},
+        "generation": Generation(max_new_tokens=6),
+    }
     return NashMP(judge=FunctionJudge(more_low_words), **{**defaults, **options})
 
 
@@ -178,10 +188,59 @@ def test_export_refuses_an_adapter_without_a_base(tmp_path: Path) -> None:
         ExportHF().export(module, tmp_path / "out")
 
 
+def test_an_adapter_folder_plays_as_an_opponent(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base")
+    trained = build(model=path, tokenizer=None, lora=LORA)
+    trained.configure_model()
+    with torch.no_grad():
+        for parameter in trained.player_parameters("policy"):
+            parameter.normal_()
+    ExportHF().export(trained, tmp_path / "adapter")
+    ExportHF(merge=True).export(trained, tmp_path / "merged")
+    module = build(model=path, tokenizer=None)
+    callback = WinRate([str(tmp_path / "adapter"), str(tmp_path / "merged"), path])
+    fit(tmp_path, module, [callback], steps=1)
+    records = callback._records
+    assert records["adapter"] == records["merged"] != records["base"]
+
+
+@pytest.mark.parametrize("kind", [EMAWeightAveraging, WeightAveraging])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_supervised_fine_tuning_beside_weight_averaging(tmp_path: Path, kind: Any, lora: dict[str, Any] | None) -> None:
+    path = save_tiny(tmp_path / "base")
+
+    def run(checkpoint: Path | None = None) -> dict[str, Any]:
+        module = SupervisedFineTuning(path, lora=lora, optimizer=lambda params: torch.optim.Adam(params, lr=1e-2))
+        keep = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        trainer = L.Trainer(
+            default_root_dir=tmp_path, accelerator="cpu", max_steps=4, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False, callbacks=[kind(), keep],
+        )  # fmt: skip
+        trainer.fit(module, PromptDataModule(ROWS, val_size=4, batch_size=4), ckpt_path=checkpoint)
+        return torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+
+    whole, resumed = run(), run(tmp_path / "step=2.ckpt")
+    for key in ("state_dict", "current_model_state"):
+        assert all("lora_" in name for name in whole[key]) == (lora is not None)
+        for name, value in whole[key].items():
+            assert torch.equal(value, resumed[key][name]), name
+
+
+def test_supervised_fine_tuning_refuses_averages_of_nothing_and_former_arguments_warn(tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match=r"write generation=Generation\(max_new_tokens=6\)"):
+        module = SupervisedFineTuning(LLAMA, {"words": WORDS}, max_new_tokens=6)
+    assert module.generation.max_new_tokens == 6
+    trainer = L.Trainer(max_epochs=4, accelerator="cpu", logger=False, callbacks=[StochasticWeightAveraging(1e-2)])
+    with pytest.raises(ValueError, match="averages nothing"):
+        trainer.fit(module, PromptDataModule(ROWS, val_size=4, batch_size=4))
+
+
 def test_supervised_fine_tuning(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base")
     for options in ({"model": LLAMA, "tokenizer": {"words": WORDS}}, {"model": path, "lora": {**LORA, "r": 8}}):
-        module = SupervisedFineTuning(optimizer=lambda p: torch.optim.Adam(p, lr=2e-2), max_new_tokens=6, **options)  # type: ignore[arg-type]
+        module = SupervisedFineTuning(
+            optimizer=lambda p: torch.optim.Adam(p, lr=2e-2), generation=Generation(6), **options
+        )
         trainer = L.Trainer(
             default_root_dir=tmp_path, accelerator="cpu", max_steps=60, logger=False, enable_progress_bar=False,
             enable_model_summary=False, use_distributed_sampler=False,
@@ -200,7 +259,7 @@ def test_supervised_fine_tuning(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         SupervisedFineTuning(LLAMA)
     with pytest.raises(ValueError, match="micro_batch_size"):
-        SupervisedFineTuning(path, micro_batch_size=0)
+        SupervisedFineTuning(path, loading=Loading(micro_batch_size=0))
 
 
 def test_bad_arguments() -> None:

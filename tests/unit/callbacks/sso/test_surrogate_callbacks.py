@@ -8,6 +8,7 @@ from torch import nn
 from lit_methods.callbacks import SurrogateMonitor, TargetCapture
 from lit_methods.datamodules import BreastCancerDataModule
 from lit_methods.optim import SSO
+from lit_methods.optim.sso import GaussNewton
 from lit_methods.supervised import SSOModule, SupervisedModule
 
 
@@ -30,7 +31,7 @@ def linear(module_class: type[SupervisedModule], **options) -> SupervisedModule:
     return module_class(
         nn.Linear(30, 1),
         loss=nn.BCEWithLogitsLoss(),
-        optimizer=lambda params: SSO(params, **{"lr": None, "loss": "bce", "inner_steps": 5} | options),
+        optimizer=lambda params: SSO(params, **{"lr": None, "loss": "bce", "inner": GaussNewton(steps=5)} | options),
     )
 
 

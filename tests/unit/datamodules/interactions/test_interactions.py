@@ -333,16 +333,157 @@ def test_cache(tmp_path) -> None:
 
 
 def test_users_with_few_known_items_have_no_targets() -> None:
-    """User 5 is held out with four known items; user ids 0 to 5 all have at least five."""
-    x = np.zeros((6, 12))
+    """User 9 is held out with four known items; all have at least five."""
+    x = np.zeros((10, 12))
     x[:, :6] = 5
-    x[5] = 0
-    x[5, [0, 1, 2, 3, 8, 9]] = 5
-    for seed in range(40):  # until user 5 is in the test part
-        data = ready(InteractionsDataModule(sparse.csr_array(x), num_heldout_users=1, split_seed=seed))
-        if rows_of(data)["test"][0][0] == 5:
+    x[9] = 0
+    x[9, [0, 1, 2, 3, 8, 9]] = 5
+    for seed in range(40):  # until user 9 is in the test part
+        data = ready(InteractionsDataModule(sparse.csr_array(x), num_heldout_users=2, split_seed=seed))
+        if 9 in [user for user, *_ in rows_of(data)["test"]]:
             break
-    assert rows_of(data)["test"] == [(5, [0, 1, 2, 3], [])]
+    assert rows_of(data)["test"][1] == (9, [0, 1, 2, 3], [])
+
+
+@pytest.mark.parametrize(("items", "fraction"), [(4, 0.2), (9, 0.1)])
+def test_a_split_in_which_nobody_has_a_target_is_refused(items, fraction) -> None:
+    data = InteractionsDataModule(
+        sparse.csr_array(np.ones((30, items))), min_rating=None, min_user_interactions=1, num_heldout_users=10,
+        target_fraction=fraction,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="None of the 10 validation users has a target"):
+        data.setup("fit")
+
+
+def write_ids(path: Path, ids: list[str]) -> None:
+    path.write_text("user_id,item_id,rating\n" + "".join(f"{u},{i},5\n" for u in range(12) for i in ids))
+
+
+@pytest.mark.parametrize("odd", ["007", "+7", "-0", '"0010"'])
+def test_ids_that_only_look_like_numbers_stay_text(odd, tmp_path) -> None:
+    ids = [odd, "7", "0", "10", "11", "12"]
+    write_ids(tmp_path / "t.csv", ids)
+    data = ready(InteractionsDataModule(tmp_path / "t.csv", num_heldout_users=2))
+    assert sorted(data.item_ids.tolist()) == sorted(x.strip('"') for x in ids)
+    assert data.user_ids.dtype.kind == "i"
+
+
+def test_numbers_elsewhere_with_leading_zeros_leave_ids_numbers(tmp_path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "\n".join(["user_id,item_id,rating,day", *(f"{u},{i},5.0,01-02" for u in range(12) for i in range(6))])
+    )
+    data = ready(InteractionsDataModule(path, num_heldout_users=2))
+    assert data.item_ids.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("missing", ["", "nan", "None", " "])
+@pytest.mark.parametrize("other", ["{}", "u{}"])
+def test_missing_ids_are_named_by_row(missing, other, tmp_path) -> None:
+    users = [other.format(u) for u in range(1, 12)]
+    users[4] = missing
+    path = tmp_path / "t.csv"
+    path.write_text("user_id,item_id,rating\n" + "".join(f"{u},3,5\n" for u in users))
+    with pytest.raises(ValueError, match=r"t\.csv, row 5: the user id is missing"):
+        InteractionsDataModule(path).setup("fit")
+    table = {"user_id": np.array(users, object), "item_id": np.arange(11), "rating": np.full(11, 5)}
+    with pytest.raises(ValueError, match="interactions, row 5: the user id is missing"):
+        InteractionsDataModule(table).setup("fit")
+    for gap in (None, float("nan")):
+        table["user_id"][4] = gap
+        with pytest.raises(ValueError, match="interactions, row 5: the user id is missing"):
+            InteractionsDataModule(table).setup("fit")
+    numbers = np.arange(11.0)
+    numbers[4] = np.nan
+    with pytest.raises(ValueError, match="interactions, row 5: the user id is missing"):
+        InteractionsDataModule(table | {"user_id": numbers}).setup("fit")
+
+
+def test_integers_of_any_dtype_are_ordered_as_numbers() -> None:
+    users, items, ratings = (np.array(column) for column in zip(*synthetic(users=80), strict=True))
+    expected = rows_of(ready(InteractionsDataModule({"user_id": users, "item_id": items, "rating": ratings}, **SMALL)))
+    for kind in (object, float):
+        table = {"user_id": users.astype(kind), "item_id": items, "rating": ratings.astype(str)}
+        assert rows_of(ready(InteractionsDataModule(table, **SMALL))) == expected
+
+
+@pytest.mark.parametrize(
+    ("rating", "message"),
+    [("good", "could not convert"), ("nan", "row 3: the rating must be finite, got nan"), ("inf", "got inf")],
+)
+@pytest.mark.parametrize("min_rating", [None, 4.0])
+def test_ratings_must_be_finite_numbers(rating, message, min_rating, tmp_path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"user_id,item_id,rating\n1,2,5\n1,3,5\n2,3,{rating}\n")
+    table = {"user_id": [1, 1, 2], "item_id": [2, 3, 3], "rating": np.array(["5", "5", rating])}
+    for source, name in ((path, r"t\.csv"), (table, "interactions|rating_column='rating' must hold numbers")):
+        data = InteractionsDataModule(source, min_rating=min_rating, binarize=False)
+        with pytest.raises(ValueError, match=f"(?s)({name}).*{message}"):
+            data.setup("fit")
+    matrix = sparse.csr_array(np.array([[1.0, 2.0], [0.0, np.nan]]))
+    with pytest.raises(ValueError, match="must be finite, got nan in row 1, column 1"):
+        InteractionsDataModule(matrix, min_rating=min_rating).setup("fit")
+
+
+def test_without_ratings_every_event_counts() -> None:
+    users, items, _ = (np.array(column) for column in zip(*synthetic(), strict=True))
+    data = ready(InteractionsDataModule({"user_id": users, "item_id": items}, rating_column=None, **SMALL))
+    assert len(data.user_ids) == 60
+
+
+def test_files_without_names_are_read_by_place(tmp_path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(f"{i},{r},{u}" for u, i, r in synthetic()))
+    named = tmp_path / "named.csv"
+    named.write_text(ratings_csv(synthetic(), "user_id,item_id,rating,timestamp"))
+    places: dict[str, Any] = {"user_column": 2, "item_column": 0, "rating_column": 1}
+    assert rows_of(ready(InteractionsDataModule(path, **places, **SMALL))) == rows_of(
+        ready(InteractionsDataModule(named, **SMALL))
+    )
+    with pytest.raises(ValueError, match="For a file without names, give the columns' places"):
+        InteractionsDataModule(path).setup("fit")
+    with pytest.raises(ValueError, match="must all be names, or all places"):
+        InteractionsDataModule(path, user_column=2)
+
+
+def test_damaged_files_are_named(tmp_path) -> None:
+    sparse.save_npz(tmp_path / "m.npz", sparse.csr_array(np.ones((9, 9))))
+    whole = (tmp_path / "m.npz").read_bytes()
+    for damaged in (whole[:100], whole[:-30], b"", b"text"):
+        (tmp_path / "m.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"m\.npz is damaged or not a scipy sparse matrix"):
+            InteractionsDataModule(tmp_path / "m.npz").setup("fit")
+    with zipfile.ZipFile(tmp_path / "ml-20m.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ml-20m/ratings.csv", ratings_csv(synthetic()))
+    content = bytearray((tmp_path / "ml-20m.zip").read_bytes())
+    content[200] ^= 255
+    (tmp_path / "ml-20m.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"ml-20m\.zip:ml-20m/ratings\.csv"):
+        MovieLensDataModule("20m", str(tmp_path)).setup("fit")
+    (tmp_path / "latin.csv").write_bytes("user_id,item_id,rating\n1,Amélie,5\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.csv, row 1: the item id is not UTF-8"):
+        InteractionsDataModule(tmp_path / "latin.csv").setup("fit")
+
+
+def test_archives_that_unpack_to_far_too_much_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("lit_methods.datamodules.reading._ALWAYS", 10_000)
+    with zipfile.ZipFile(tmp_path / "ml-20m.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ml-20m/ratings.csv", "userId,movieId,rating,timestamp\n" + 100_000 * "1,1,5.0,0\n")
+    with pytest.raises(ValueError, match=r"ml-20m/ratings\.csv would unpack from \d+ to 1000032 bytes"):
+        MovieLensDataModule("20m", str(tmp_path)).setup("fit")
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path) -> None:
+    write_u_data(tmp_path)
+    options: dict[str, Any] = {"data_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache"), **SMALL}
+    first = ready(MovieLensDataModule("100k", **options))
+    [file] = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", b"text", whole[:500]):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"\.npz is damaged.* It is made anew"):
+            assert rows_of(ready(MovieLensDataModule("100k", **options))) == rows_of(first)
+        assert file.read_bytes() == whole
 
 
 def test_bad_files(tmp_path) -> None:

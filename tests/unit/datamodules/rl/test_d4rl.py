@@ -138,7 +138,15 @@ def test_old_layouts(tmp_path):
     [
         ({"actions": None}, KeyError, "has no 'actions'"),
         ({"rewards": np.zeros(5)}, ValueError, "rewards has 5 steps, observations have 13"),
-        ({"rewards": np.full(13, np.nan)}, ValueError, "rewards are not finite"),
+        ({"rewards": np.full(13, np.nan)}, ValueError, "rewards must be finite, which step 0 is not"),
+        (
+            {"observations": np.diag([1.0] * 12 + [np.inf])},
+            ValueError,
+            "observations must be finite, which step 12 is not",
+        ),
+        ({"rewards": np.full(13, b"1.0")}, ValueError, "rewards must be numbers, got"),
+        ({"rewards": np.ones((13, 2))}, ValueError, r"rewards must be one number for each step, got shape \(13, 2\)"),
+        ({name: values[:0] for name, values in recording().items()}, ValueError, "holds no steps"),
     ],
 )
 def test_broken_files(tmp_path, change, error, message):
@@ -334,3 +342,98 @@ def test_mujoco_names():
     for task, split, version in itertools.product(tasks, splits, ("v1", "v2")):
         url = dataset_url(f"{task}-{split}-{version}")
         assert url.endswith(f"gym_mujoco_{version}/{task}_{split.replace('-', '_')}-{version}.hdf5")
+
+
+def test_single_values_belong_to_no_step(tmp_path):
+    path = tmp_path / "x.hdf5"
+    save_transitions_hdf5(path, recording())
+    with h5py.File(path, "a") as f:
+        f["ref_min_score"], f["note"] = 3.0, "text"
+    assert set(load_transitions_hdf5(path)) == set(recording())
+    with h5py.File(path, "a") as f:
+        del f["rewards"]
+        f["rewards"] = 1.0
+    with pytest.raises(ValueError, match=r"rewards must have an entry for each step, got the single value 1"):
+        load_transitions_hdf5(path)
+
+
+def test_damaged_and_exploding_files_are_named(file, tmp_path, monkeypatch):
+    whole = file.read_bytes()
+    for damaged in (b"", b"text", whole[: len(whole) // 2]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged or not an HDF5 file"):
+            D4RLDataModule(file).setup("fit")
+    monkeypatch.setattr("lit_methods.datamodules.reading._ALWAYS", 10_000)
+    with h5py.File(file, "w") as f:
+        f.create_dataset("observations", (10**9, 3), chunks=(1000, 3), compression="gzip")  # nothing is stored
+    with pytest.raises(ValueError, match=r"observations would unpack from \d+ to 12000000000 bytes"):
+        D4RLDataModule(file).setup("fit")
+
+
+@pytest.mark.parametrize("kind", ["transitions", "episodes"])
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint8])
+def test_observations_of_any_shape_and_type_are_standardised_number_by_number(dtype, kind, tmp_path):
+    observations = np.random.default_rng(0).integers(0, 200, (13, 2, 3)).astype(dtype)
+    arrays = {name: values for name, values in recording().items() if name != "next_observations"}
+    save_transitions_hdf5(tmp_path / "x.hdf5", arrays | {"observations": observations})
+    data = D4RLDataModule(tmp_path / "x.hdf5", batch_size=5, kind=kind, normalize_observations=True)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.observations.dtype == torch.float32
+    assert batch.observations.shape[-2:] == (2, 3)
+    expected = (observations - observations.astype("f4").mean(0)) / (observations.astype("f4").std(0) + 1e-3)
+    found = batch.observations.flatten(0, -3) if kind == "episodes" else batch.observations
+    mask = batch.mask.flatten() if kind == "episodes" else torch.ones(len(found), dtype=torch.bool)
+    for row in found[mask].numpy():
+        assert any(np.allclose(row, want, atol=1e-4) for want in expected)
+    assert (data.observation_size, tuple(data.observation_mean.shape)) == (6, (2, 3))
+
+
+def test_images_and_discrete_actions_keep_shape_and_type(tmp_path):
+    arrays = recording() | {"actions": np.arange(13) % 4, "observations": np.ones((13, 4, 4, 3), np.uint8)}
+    arrays["next_observations"] = 255 * arrays["observations"]
+    save_transitions_hdf5(tmp_path / "x.hdf5", arrays)
+    data = D4RLDataModule(tmp_path / "x.hdf5", batch_size=5, next_observations="stored")
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.observations.shape == batch.next_observations.shape == (5, 4, 4, 3)
+    assert float(batch.next_observations.max()) == 255
+    assert (batch.actions.dtype, batch.actions.shape) == (torch.int64, (5,))
+    assert data.spaces == ((4, 4, 3), 4, (), (), True)
+
+
+def test_spaces_are_those_of_the_evaluation_environment_or_the_data(file, tmp_path):
+    data = D4RLDataModule(file)
+    data.setup("fit")
+    assert data.spaces == ((2,), 0, (-1.0,), (1.0,), True)
+    with pytest.raises(ValueError, match=r"of shape \(3,\) and 1 .*, as eval_env=Pendulum-v1 has, got \(2,\) and 1"):
+        D4RLDataModule(file, eval_env="Pendulum-v1").setup("fit")
+    arrays = recording()
+    for name in ("observations", "next_observations"):
+        arrays[name] = arrays[name][:, [0, 1, 1]]
+    save_transitions_hdf5(tmp_path / "p.hdf5", arrays)
+    data = D4RLDataModule(tmp_path / "p.hdf5", eval_env="Pendulum-v1")
+    data.setup("fit")
+    assert data.spaces == ((3,), 0, (-2.0,), (2.0,), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed", "antmaze"),
+        ("antmaze-umaze-v2", "antmaze"),
+        ("ant_medium-v2", "ant"),
+        ("mini_kitchen_microwave_kettle_light_slider-v0", "kitchen"),
+        ("minigrid4rooms-v0", "minigrid-fourrooms"),
+        ("maze2d-umaze-sparse-v1", "maze2d-umaze"),
+        ("D4RL/pen/human-v2", "pen"),
+        ("D4RL/antmaze/umaze-v1", "antmaze"),
+        ("mujoco/hopper/medium-v0", "hopper"),
+        ("hf://farama-minari/D4RL/door/human-v2", "door"),
+    ],
+)
+def test_scores_by_file_name_and_by_id(name, task):
+    assert reference_scores(name) == SCORES[task]
+    low, high = SCORES[task]
+    dataset = name if "/" in name else f"folder/{name}.hdf5"
+    assert float(D4RLDataModule(dataset).normalized_score(low + 0.7 * (high - low))) == pytest.approx(70)

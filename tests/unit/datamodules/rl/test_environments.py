@@ -132,7 +132,6 @@ def test_episodes_have_seeds_of_their_own():
     ("spaces", "message"),
     [
         ({"observation_space": gym.spaces.Dict(x=gym.spaces.Box(0, 1))}, "is not a Box; flatten"),
-        ({"action_space": gym.spaces.Box(-np.inf, np.inf, (1,))}, "has no finite bounds"),
         ({"action_space": gym.spaces.Box(0, 1, (1, 2))}, "Discrete or a Box of one dimension"),
         ({"action_space": gym.spaces.MultiDiscrete([2, 2])}, "Discrete or a Box of one dimension"),
         ({"action_space": gym.spaces.Discrete(3, start=1)}, "must start at 0"),
@@ -143,9 +142,29 @@ def test_spaces_that_do_not_fit(spaces, message):
         RolloutDataModule(Counter, env_kwargs=spaces).setup("fit")
 
 
-def test_replay_refuses_discrete_actions():
-    with pytest.raises(ValueError, match="use RolloutDataModule"):
-        ReplayDataModule("CartPole-v1").setup("fit")
+@pytest.mark.parametrize(
+    ("spaces", "message"),
+    [
+        ({"action_space": gym.spaces.Discrete(3)}, "use RolloutDataModule"),
+        ({"action_space": gym.spaces.Box(-np.inf, np.inf, (1,))}, r"finite bounds, got \(-inf,\) and \(inf,\)"),
+        ({"observation_space": gym.spaces.Box(0, 1, (2, 3))}, r"one dimension, got shape \(2, 3\): flatten"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_spaces_that_do_not_fit_off_policy(spaces, message, stage):
+    with pytest.raises(ValueError, match=message):
+        ReplayDataModule(Counter, env_kwargs=spaces).setup(stage)
+
+
+def test_on_policy_needs_no_bounds():
+    """``ClipAction`` takes them away."""
+    data = with_agent(
+        RolloutDataModule(lambda: gym.wrappers.ClipAction(Counter()), num_envs=1, rollout_steps=4), Agent(0.2)
+    )
+    assert data.spaces == ((2,), 0, (-np.inf,), (np.inf,), False)
+    assert next(iter(data.train_dataloader())).actions.shape == (4, 1, 1)
+    with pytest.raises(ValueError, match="ClipAction took them away, leave it out"):
+        ReplayDataModule(lambda: gym.wrappers.ClipAction(Counter())).setup("fit")
 
 
 def test_replay_holds_what_was_seen():
@@ -169,7 +188,7 @@ def test_replay_holds_what_was_seen():
 
 
 def test_the_oldest_transitions_go_first():
-    buffer = PackedTransitions(1, 1, capacity=4)
+    buffer = PackedTransitions((1,), 1, capacity=4)
     for i in range(6):
         buffer.add(torch.full((1, 5), float(i)))
     assert len(buffer) == 4
@@ -229,3 +248,26 @@ def test_training_steps_can_be_recorded(tmp_path):
     shifted = D4RLDataModule(path)
     shifted.setup("fit")
     assert shifted.num_transitions == 12  # of 20 steps each third is cut by the time limit, and the last of each row
+
+
+def test_evaluation_may_sample_actions_the_same_every_time():
+    class Sampler(Agent):
+        def act(self, observations, deterministic=False):
+            actions, log_probs = super().act(observations)
+            return (actions if deterministic else actions + torch.rand_like(actions)), log_probs
+
+    episodes = {}
+    for actions in ("mean", "sample"):
+        data = with_agent(
+            RolloutDataModule(Counter, num_eval_episodes=8, eval_actions=actions, env_kwargs={"end": 20}), Sampler(0.0)
+        )
+        first, second = (next(iter(data.val_dataloader())) for _ in range(2))
+        assert torch.equal(first.lengths, second.lengths)
+        state = torch.get_rng_state()
+        evaluate(Sampler(0.0), Counter, {"end": 20}, [1, 2], deterministic=actions == "mean")
+        assert torch.equal(torch.get_rng_state(), state)
+        episodes[actions] = first.lengths
+    assert (episodes["mean"] == 20).all()
+    assert (episodes["sample"] < 20).any()
+    with pytest.raises(ValueError, match="eval_actions must be 'mean' or 'sample', got 'max'"):
+        RolloutDataModule(Counter, eval_actions="max")

@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import joblib
 import pytest
 import torch
 
@@ -24,8 +27,42 @@ def test_rounds_are_the_rows_of_the_file(tmp_path):
 
 def test_missing_data_set(tmp_path):
     data = CovertypeDataModule(tmp_path, download=False)
-    with pytest.raises(FileNotFoundError, match="copy its folder 'covertype' there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks covtype\.data\.gz in .* Put https://archive.*covtype\.data\.gz"
+    ):
         data.setup("fit")
+
+
+def test_pickles_of_scikit_learn_are_not_read(tmp_path):
+    """They run what their writer wants."""
+
+    class Harmful:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "harm",))
+
+    (tmp_path / "covertype").mkdir()
+    for name in ("samples_py3", "targets_py3", "samples", "targets"):
+        joblib.dump(Harmful(), tmp_path / "covertype" / name)
+    data = CovertypeDataModule(tmp_path, download=False)
+    data.prepare_data()
+    with pytest.raises(FileNotFoundError, match="pickles, which are not read"):
+        data.setup("fit")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"text", b"1,2,3\n", b"1," * 54 + b"8\n", b"nan," * 54 + b"2\n"])
+def test_damaged_files_are_named(damage, tmp_path):
+    (tmp_path / "covtype.data").write_bytes(damage)
+    with pytest.raises(ValueError, match=r"covtype\.data (is damaged|must hold 54 finite numbers)"):
+        CovertypeDataModule(tmp_path).setup("fit")
+
+
+def test_truncated_archives_are_named(tmp_path):
+    write_covertype(tmp_path)
+    path = tmp_path / "covtype.data.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"covtype\.data\.gz is damaged or not the cover type table \(EOFError"):
+        CovertypeDataModule(tmp_path).setup("fit")
 
 
 def test_paper_size_recipe_runs_on_a_small_file(tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import bz2
 import gzip
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_says_what_is_missing_or_wrong(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"lacks .*mushrooms\. Get a file.*csie.ntu.edu.tw"):
         LibSVMDataModule(str(tmp_path / "mushrooms")).setup("fit")
     (tmp_path / "text").write_text("this is no such file\n")
-    with pytest.raises(ValueError, match=r"text is not in LIBSVM's format"):
+    with pytest.raises(ValueError, match=r"text is damaged or not in LIBSVM's format"):
         LibSVMDataModule(str(tmp_path / "text")).setup("fit")
     three = write(tmp_path / "three", np.eye(3), np.arange(3))
     with pytest.raises(ValueError, match=r"task='binary' needs two labels, .* has 3"):
@@ -88,3 +89,28 @@ def test_matrix_factorization_is_linear_and_ill_conditioned() -> None:
     rows = a.abs().amax(1)
     assert (rows / torch.linspace(1, 1e-10, 10, dtype=torch.float64)).max() < 1
     assert 1e-12 < rows[-1] < 1e-10
+
+
+@pytest.mark.parametrize("line", ["1 1:nan", "1 1:0.5 2:inf", "nan 1:1"])
+def test_numbers_must_be_finite(line, tmp_path):
+    (tmp_path / "a").write_text(f"0 1:1\n1 2:1\n{line}\n0 1:2\n")
+    with pytest.raises(ValueError, match=r"a: labels and values must be finite; they are not in example 3"):
+        LibSVMDataModule(str(tmp_path / "a")).setup("fit")
+
+
+def test_batches_that_fit_no_memory_are_refused(tmp_path):
+    (tmp_path / "a").write_text("0 1:1\n1 2000000000:1\n")
+    with pytest.raises(ValueError, match=r"has 2000000000 columns, .* would take 931 GiB, and must take <= 4 GiB"):
+        LibSVMDataModule(str(tmp_path / "a")).setup("fit")
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2"])
+def test_damaged_and_exploding_archives_are_named(ending, tmp_path, monkeypatch):
+    path, pack = tmp_path / f"a{ending}", gzip.compress if ending == ".gz" else bz2.compress
+    path.write_bytes(pack(b"0 1:1\n1 2:1\n" * 2000)[:-12])
+    with pytest.raises(ValueError, match=rf"a\{ending} is damaged or not in LIBSVM's format"):
+        LibSVMDataModule(str(path)).setup("fit")
+    monkeypatch.setattr("lit_methods.datamodules.reading._ALWAYS", 10_000)
+    path.write_bytes(pack(b"0 1:1\n" * 10**5))
+    with pytest.raises(ValueError, match=rf"a\{ending} would unpack from"):
+        LibSVMDataModule(str(path)).setup("fit")

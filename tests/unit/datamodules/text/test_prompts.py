@@ -69,8 +69,94 @@ def test_chat_and_conversations() -> None:
     data = ready(["a", "b"], val_size=0, chat=True, system="s", batch_size=2)
     assert data.train_rows[0][0] == [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    data = ready([{"messages": turns}, {"prompt": turns[:1]}], val_size=0, batch_size=2)
-    assert data.train_rows == [(turns[:1], "a", 0), (turns[:1], "", 1)]
+    data = ready([{"messages": turns}, {"prompt": turns[:1], "response": "b"}], val_size=0, batch_size=2)
+    assert data.train_rows == [(turns[:1], "a", 0), (turns[:1], "b", 1)]
+    data = ready([{"messages": turns}, {"prompt": turns[:1]}], val_size=0, batch_size=2, response_column=None)
+    assert data.train_rows == [(turns[:1], "", 0), (turns[:1], "", 1)]
+
+
+def test_content_of_text_parts_is_joined_and_tool_calls_stay() -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    turns = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "name": "f", "content": "3"},
+    ]
+    data = ready([{"messages": turns}], val_size=0, batch_size=1)
+    assert data.train_rows[0][0] == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "name": "f", "content": "3"},
+    ]
+
+
+def test_system_message_goes_before_messages_that_have_none() -> None:
+    user, own = {"role": "user", "content": "q"}, {"role": "system", "content": "own"}
+    data = ready([[user], {"prompt": [own, user]}, "q"], val_size=0, batch_size=1, chat=True, system="s")
+    system = {"role": "system", "content": "s"}
+    assert [row[0] for row in data.train_rows] == [[system, user], [own, user], [system, user]]
+
+
+def test_lines_end_at_newlines_only(tmp_path: Path) -> None:
+    texts = ["a\u2028b", "c\x85d", "e\x0bf", "g\u2029h"]
+    (tmp_path / "x.jsonl").write_text(
+        "\ufeff" + "\r\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts), encoding="utf-8"
+    )
+    (tmp_path / "x.txt").write_text("\ufeff" + "\n".join(texts), encoding="utf-8")
+    for suffix in ("jsonl", "txt"):
+        data = ready(str(tmp_path / f"x.{suffix}"), val_size=0, batch_size=1)
+        assert [row[0] for row in data.train_rows] == texts
+
+
+def test_csv(tmp_path: Path) -> None:
+    (tmp_path / "x.CSV").write_text('\ufeffid,prompt,response\n007,"a, b\nc",r\n008,d,s\n', encoding="utf-8")
+    data = ready(str(tmp_path / "x.CSV"), val_size=0, batch_size=1)
+    assert data.train_rows == [("a, b\nc", "r", 0), ("d", "s", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"x\.jsonl, line 3 is no JSON"),
+        ("x.jsonl", b"[" * 100_000, r"x\.jsonl, line 1 is no JSON"),
+        ("x.json", b'{"prompt": ["a"]}', r"x\.json must hold a list of rows, got dict with the keys \['prompt'\]"),
+        ("x.json", b'"a"', r"x\.json must hold a list of rows, got str"),
+        ("x.json", b"[", r"x\.json is no JSON"),
+        ("x.txt", b"\xff\xfe", r"x\.txt is not encoded in UTF-8"),
+        ("x.parquet", b"PAR1", r"x\.parquet is no readable Parquet file"),
+        ("x.csv", b"prompt,response\na\n", r"x\.csv, row 0 .* as many cells"),
+        ("x.csv", b"prompt\na,b\n", r"x\.csv, row 0 .* as many cells"),
+        ("x.tsv", b"prompt\na\n", r"x\.tsv must be a file that ends in one of \.jsonl"),
+        ("x.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": "a"}', r"x\.jsonl, row 1 .* has no response, but"),
+        (
+            "x.jsonl",
+            b'{"prompt": {"role": "user"}}',
+            "a prompt must be a text or a list of messages, got dict",
+        ),
+        ("x.jsonl", b"3", r"row 0 .*a prompt must be a text or a list of messages, got int 3"),
+        ("x.jsonl", b'{"prompt": "a", "response": ["b"]}', r"row 0 .*a response must be a text, got list"),
+        ("x.jsonl", b'{"messages": [{"content": "a"}]}', r"row 0 .*a message must be a mapping with a role"),
+        ("x.jsonl", b'{"messages": ["a"]}', r"row 0 .*a message must be a mapping with a role"),
+        (
+            "x.jsonl",
+            b'{"messages": [{"role": "user", "content": null}]}',
+            "must be a text or a list of text parts",
+        ),
+        (
+            "x.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}',
+            "may have parts of text only, got .*image_url",
+        ),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_file_and_row(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        ready(str(tmp_path / name), val_size=0, batch_size=1)
 
 
 def test_held_out_rows_are_disjoint_and_fixed() -> None:
@@ -94,7 +180,7 @@ def test_word_game_follows_its_shares() -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "error", "message"),
     [
-        (["a", " "], {}, ValueError, "row 1 has an empty prompt"),
+        (["a", " "], {}, ValueError, "row 1 .*empty prompt"),
         ([], {}, ValueError, "no prompts"),
         ([{"text": "a"}], {}, ValueError, "prompt_column"),
         ([[{"role": "assistant", "content": "a"}]], {}, ValueError, "empty prompt"),

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from lit_methods.optim.cbo import EffectiveSampleSize, Growing, InitialCloud, ParticleBatches
 from lit_methods.optim.cbo.consensus import alpha_for_sample_size, consensus_weights
 
 
 def swarm(points: Tensor, **arguments) -> tuple[nn.Parameter, CBO]:
     """A CBO over one vector, without mini-batches, whose particles are ``points`` (N, d)."""
     x = nn.Parameter(torch.zeros(points.shape[1], dtype=points.dtype))
-    given = {"num_particles": len(points), "particle_batch_size": None, "stall_tol": 0.0, "seed": 0, **arguments}
+    given = {"num_particles": len(points), "batches": ParticleBatches(None), "stall_tol": 0.0, "seed": 0, **arguments}
     optimizer = CBO([("x", x)], **given)
     optimizer.particles["x"].copy_(points)
     return x, optimizer
@@ -69,7 +70,7 @@ def test_effective_sample_size_sets_alpha() -> None:
         weights = consensus_weights(losses, alpha_for_sample_size(losses, share))
         assert 1 / weights.square().sum() == pytest.approx(share * 50, rel=1e-3)
     v = points()
-    x, optimizer = swarm(v, effective_sample_size=0.5)
+    x, optimizer = swarm(v, alpha=EffectiveSampleSize(0.5))
     optimizer.step(quadratic)
     weights = consensus_weights(quadratic({"x": v}), alpha_for_sample_size(quadratic({"x": v}), 0.5))
     torch.testing.assert_close(x.detach(), weights @ v)
@@ -92,7 +93,7 @@ def test_one_step_equals_the_formula_for_both_noises(monkeypatch) -> None:
     draws = torch.randn(v.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     weights = torch.softmax(-2.0 * quadratic({"x": v}), 0)
     distance = v - weights @ v
-    monkeypatch.setattr(CBO, "_fill_normal", lambda self, x, mean, std: x.copy_(mean + std * draws))
+    monkeypatch.setattr(CBO, "fill_normal", lambda self, x, mean, std: x.copy_(mean + std * draws))
     for noise, scale in (("anisotropic", distance), ("isotropic", distance.norm(dim=1, keepdim=True))):
         _, optimizer = swarm(v, lr=lr, lambda_=lambda_, sigma=sigma, alpha=2.0, noise=noise)
         optimizer.particles["x"].copy_(v)
@@ -157,7 +158,7 @@ def test_translations_and_permutations_commute_with_steps(monkeypatch) -> None:
         noise = iter(draws[:, rows])
         _, optimizer = swarm(start)
         with monkeypatch.context() as patch:
-            patch.setattr(CBO, "_fill_normal", lambda self, x, mean, std: x.copy_(mean + std * next(noise)))
+            patch.setattr(CBO, "fill_normal", lambda self, x, mean, std: x.copy_(mean + std * next(noise)))
             for _ in range(10):
                 optimizer.step(lambda p: quadratic({"x": p["x"] - origin}))
         return optimizer.particles["x"]
@@ -177,7 +178,7 @@ def test_particle_batches_move_all_or_their_own() -> None:
 
     for update, moves in (("full", 12), ("partial", 4)):
         seen.clear()
-        _, optimizer = swarm(v, particle_batch_size=4, update=update, sigma=0.0)
+        _, optimizer = swarm(v, batches=ParticleBatches(4, update), sigma=0.0)
         optimizer.step(losses)
         assert [len(batch) for batch in seen] == [4, 4, 4]
         first = seen[0]
@@ -210,7 +211,7 @@ def test_gradient_drift_by_autograd_and_by_differences() -> None:
 
 
 def test_alpha_grows_after_every_step_and_goes_on_from_a_checkpoint() -> None:
-    _, optimizer = swarm(points(), alpha=2.0, alpha_growth=1.05)
+    _, optimizer = swarm(points(), alpha=Growing(2.0, 1.05))
     for k in range(3):
         assert optimizer.param_groups[0]["alpha"] == pytest.approx(2.0 * 1.05**k)
         before = optimizer.particles["x"].clone()
@@ -225,7 +226,7 @@ def test_alpha_grows_after_every_step_and_goes_on_from_a_checkpoint() -> None:
 
 def test_groups_have_rates_of_their_own() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
-    optimizer = CBO([{"params": [("a", a)]}, {"params": [("b", b)], "lr": 0.0}], particle_batch_size=None)
+    optimizer = CBO([{"params": [("a", a)]}, {"params": [("b", b)], "lr": 0.0}], batches=ParticleBatches(None))
     before = {name: value.clone() for name, value in optimizer.particles.items()}
     optimizer.step(lambda p: p["a"].square().sum(-1) + p["b"].square().sum(-1))
     assert torch.equal(optimizer.particles["b"], before["b"])
@@ -240,7 +241,7 @@ def test_the_best_particle_is_kept() -> None:
 
 
 def test_fewer_particles() -> None:
-    _, optimizer = swarm(points(), particle_batch_size=4)
+    _, optimizer = swarm(points(), batches=ParticleBatches(4))
     optimizer.step(quadratic)
     kept = optimizer.particles["x"][:8].clone()
     optimizer.reduce_particles(8)
@@ -311,7 +312,7 @@ class Tied(nn.Module):
 def test_particle_losses_equal_a_loop_for_tied_frozen_and_buffered_modules() -> None:
     torch.manual_seed(0)
     module, batch = Tied(), (torch.randn(7, 3), torch.randn(7, 2))
-    optimizer = CBO(module, num_particles=6, particle_batch_size=None)
+    optimizer = CBO(module, num_particles=6, batches=ParticleBatches(None))
     particles = optimizer.particles
     assert {name: tuple(value.shape) for name, value in particles.items()} == {"encoder.weight": (6, 3, 3)}
     expected = []
@@ -333,7 +334,7 @@ def test_batch_normalisation_takes_batch_statistics_and_leaves_running_ones() ->
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
     batch = torch.randn(16, 3), torch.randint(2, (16,))
     before = copy.deepcopy(dict(module.named_buffers()))
-    optimizer = CBO(module, num_particles=5, particle_batch_size=None)
+    optimizer = CBO(module, num_particles=5, batches=ParticleBatches(None))
     losses = particle_losses(module, nn.CrossEntropyLoss(), batch)(optimizer.particles)
     torch.testing.assert_close(dict(module.named_buffers()), before, rtol=0, atol=0)
     for i, loss in enumerate(losses):
@@ -400,7 +401,7 @@ def test_the_scalar_closure_gives_the_same_run_as_the_batched_one() -> None:
     modules = [nn.Linear(3, 2).double() for _ in range(3)]
     batch = batch[0].double(), batch[1].double()
     loss = nn.MSELoss()
-    optimizers = [CBO(m, num_particles=12, particle_batch_size=4, seed=5) for m in modules]
+    optimizers = [CBO(m, num_particles=12, batches=ParticleBatches(4), seed=5) for m in modules]
 
     def scalar() -> Tensor:
         value = loss(modules[0](batch[0]), batch[1])
@@ -425,7 +426,7 @@ def test_lightning_automatic_optimization_works_unchanged() -> None:
             return nn.functional.mse_loss(self.layer(batch[0]), batch[1])
 
         def configure_optimizers(self):
-            return CBO(self.parameters(), num_particles=40, particle_batch_size=None, seed=0)
+            return CBO(self.parameters(), num_particles=40, batches=ParticleBatches(None), seed=0)
 
     torch.manual_seed(0)
     x = torch.randn(32, 2)
@@ -477,7 +478,7 @@ def test_a_particle_batch_without_finite_loss_keeps_the_consensus() -> None:
         calls.append(1)
         return quadratic(p) * (math.nan if len(calls) == 2 else 1.0)
 
-    x, optimizer = swarm(points(), particle_batch_size=4)
+    x, optimizer = swarm(points(), batches=ParticleBatches(4))
     optimizer.step(losses)
     assert len(calls) == 3
     assert x.isfinite().all()
@@ -505,11 +506,11 @@ def test_legitimate_settings_do_not_warn() -> None:
 
 def test_batches_are_rounded_to_a_divisor() -> None:
     with pytest.warns(UserWarning, match="particle_batch_size=30 does not divide num_particles=100; using 25"):
-        optimizer = CBO([nn.Parameter(torch.zeros(1))], particle_batch_size=30)
+        optimizer = CBO([nn.Parameter(torch.zeros(1))], batches=ParticleBatches(30))
     assert optimizer.param_groups[0]["particle_batch_size"] == 25
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        CBO([nn.Parameter(torch.zeros(1))], num_particles=5, particle_batch_size=10)
+        CBO([nn.Parameter(torch.zeros(1))], num_particles=5, batches=ParticleBatches(10))
 
 
 def test_nothing_to_train_is_refused() -> None:
@@ -554,9 +555,7 @@ def test_resumes_to_the_bit_and_copies_agree(kind) -> None:
 
 def test_an_added_group_extends_the_particles_and_the_noise_goes_on() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(3))
-    optimizer = CBO(
-        [("a", a)], num_particles=6, particle_batch_size=None, init_std=0.01, init_around_current=True, seed=0
-    )
+    optimizer = CBO([("a", a)], num_particles=6, batches=ParticleBatches(None), init=InitialCloud(0.01, True), seed=0)
     first = optimizer.particles["a"].clone()
     optimizer.add_param_group({"params": [("b", b)]})
     assert torch.equal(optimizer.particles["a"], first)

@@ -16,14 +16,15 @@ from lit_methods.optim import (
     PolarizedCBO,
     particle_losses,
 )
+from lit_methods.optim.cbo import EffectiveSampleSize, ParticleBatches
 
 RUNS, N, D = 3, 8, 2
 VARIANTS = {
-    "batches": (CBO, {"particle_batch_size": 4}),
-    "partial": (CBO, {"particle_batch_size": 4, "update": "partial"}),
-    "isotropic": (CBO, {"particle_batch_size": None, "noise": "isotropic", "effective_sample_size": 0.4}),
-    "drift": (CBO, {"particle_batch_size": None, "gradient_drift": 0.5}),
-    "stalling": (CBO, {"particle_batch_size": None, "stall_tol": 10.0}),
+    "batches": (CBO, {"batches": ParticleBatches(4)}),
+    "partial": (CBO, {"batches": ParticleBatches(4, "partial")}),
+    "isotropic": (CBO, {"batches": ParticleBatches(None), "noise": "isotropic", "alpha": EffectiveSampleSize(0.4)}),
+    "drift": (CBO, {"batches": ParticleBatches(None), "gradient_drift": 0.5}),
+    "stalling": (CBO, {"batches": ParticleBatches(None), "stall_tol": 10.0}),
     "hopping": (ConsensusHopping, {"lr": 0.7}),
     "sampling": (ConsensusBasedSampling, {}),
     "memory": (MemoryCBO, {}),
@@ -52,7 +53,7 @@ def test_runs_equal_swarms_of_their_own_given_the_same_noise(name, monkeypatch) 
         def fill(self, x: Tensor, mean: float, std: float) -> None:
             x.copy_(mean + std * next(noise)[:, : len(x) // number, : x.shape[1]].flatten(0, 1))
 
-        monkeypatch.setattr(kind, "_fill_normal", fill)
+        monkeypatch.setattr(kind, "fill_normal", fill)
         x, optimizer = build(kind, num_runs=number, **arguments)
         return x, optimizer, [optimizer.step(bowl) for _ in range(6)]
 
@@ -74,7 +75,7 @@ def test_runs_equal_swarms_of_their_own_given_the_same_noise(name, monkeypatch) 
 def test_any_batched_closure_serves_all_runs() -> None:
     torch.manual_seed(0)
     module, batch = nn.Linear(3, 2), (torch.randn(8, 3), torch.randint(2, (8,)))
-    optimizer = CBO(module, num_particles=10, particle_batch_size=5, num_runs=4, seed=0)
+    optimizer = CBO(module, num_particles=10, batches=ParticleBatches(5), num_runs=4, seed=0)
     rows = []
 
     def losses(particles: dict[str, Tensor]) -> Tensor:
@@ -91,11 +92,11 @@ def test_any_batched_closure_serves_all_runs() -> None:
 
 
 def test_only_stalled_runs_are_shaken() -> None:
-    _, optimizer = build(particle_batch_size=None, num_runs=2, stall_tol=1e-5)
+    _, optimizer = build(batches=ParticleBatches(None), num_runs=2, stall_tol=1e-5)
     start = torch.zeros(2, N, D, dtype=torch.float64)
     start[1, :, 0] = torch.arange(N)
     optimizer.particles["x"].copy_(start.flatten(0, 1))
-    optimizer._prepare()["consensus"].zero_()
+    optimizer.state["swarm"]["consensus"].zero_()
     optimizer.step(lambda p: p["x"].sum(-1) * 0)
     still, moving = optimizer.particles["x"].view(2, N, D)
     assert (still != 0).all()
@@ -103,7 +104,7 @@ def test_only_stalled_runs_are_shaken() -> None:
 
 
 def test_a_run_without_finite_loss_keeps_its_consensus_and_the_others_go_on() -> None:
-    x, optimizer = build(particle_batch_size=None, num_runs=2)
+    x, optimizer = build(batches=ParticleBatches(None), num_runs=2)
     optimizer.step(bowl)
     before = optimizer.consensus_of_runs()["x"].clone()
     optimizer.step(lambda p: torch.cat([bowl(p)[:N], bowl(p)[N:] * math.nan]))
@@ -137,7 +138,7 @@ def test_runs_resume_to_the_bit(kind) -> None:
 
 
 def test_groups_added_later_and_fewer_particles() -> None:
-    _, optimizer = build(particle_batch_size=4, num_runs=2)
+    _, optimizer = build(batches=ParticleBatches(4), num_runs=2)
     optimizer.step(bowl)
     kept = optimizer.particles["x"].view(2, N, D)[:, :4].clone()
     optimizer.reduce_particles(4)

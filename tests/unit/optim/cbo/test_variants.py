@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods.optim import CBO, AdamCBO, ConsensusBasedSampling, MemoryCBO, PolarizedCBO, particle_losses
+from lit_methods.optim.cbo import EffectiveSampleSize, ParticleBatches
+from lit_methods.optim.cbo.swarm import ParticleOptimizer
 
 N, D = 7, 3
 LR, LAMBDA, SIGMA, ALPHA = 0.2, 1.3, 0.7, 2.0
@@ -18,7 +20,7 @@ def swarm(kind: type, points: Tensor, **arguments) -> tuple[nn.Parameter, CBO]:
     x = nn.Parameter(torch.zeros(points.shape[1], dtype=points.dtype))
     optimizer = kind([("x", x)], num_particles=len(points), seed=0, **arguments)
     optimizer.particles["x"].copy_(points)
-    optimizer._prepare()  # what depends on the first particles
+    _ = optimizer.particles  # what depends on the first particles
     if "memory" in optimizer.state["swarm"]:
         optimizer.state["swarm"]["memory"][0].copy_(points)
     return x, optimizer
@@ -43,7 +45,7 @@ def drawn(monkeypatch) -> list[np.ndarray]:
         record.append(z.numpy())
         x.copy_(mean + std * z)
 
-    monkeypatch.setattr(CBO, "_fill_normal", fill)
+    monkeypatch.setattr(ParticleOptimizer, "fill_normal", fill)
     return record
 
 
@@ -113,7 +115,9 @@ def test_sampling_has_the_law_of_a_gaussian_target(alpha, lr) -> None:
 
 
 def test_sampling_in_the_other_mode_optimizes_and_takes_sample_sizes() -> None:
-    x, optimizer = swarm(ConsensusBasedSampling, start(60) * 3, lr=0.5, mode="optimization", effective_sample_size=0.5)
+    x, optimizer = swarm(
+        ConsensusBasedSampling, start(60) * 3, lr=0.5, mode="optimization", alpha=EffectiveSampleSize(0.5)
+    )
     for _ in range(60):
         optimizer.step(lambda p: (p["x"] - 1).square().sum(-1))
     torch.testing.assert_close(x.detach(), torch.ones(D, dtype=torch.float64), rtol=0, atol=1e-4)
@@ -168,7 +172,7 @@ def test_polarized_finds_both_minima_and_cbo_one() -> None:
         return (p["x"][:, 0].square() - 1).square() + p["x"][:, 1:].square().sum(-1)
 
     ends = {}
-    for kind, more in ((PolarizedCBO, {"kappa": 0.3}), (CBO, {"particle_batch_size": None, "stall_tol": 0.0})):
+    for kind, more in ((PolarizedCBO, {"kappa": 0.3}), (CBO, {"batches": ParticleBatches(None), "stall_tol": 0.0})):
         _, optimizer = swarm(kind, start(200) * 1.5, alpha=30.0, **more)
         for _ in range(200):
             optimizer.step(wells)
@@ -181,7 +185,10 @@ def test_polarized_finds_both_minima_and_cbo_one() -> None:
 
 def test_polarized_that_sees_everything_is_cbo() -> None:
     runs = []
-    for kind, more in ((PolarizedCBO, {"kappa": math.inf}), (CBO, {"particle_batch_size": None, "stall_tol": 0.0})):
+    for kind, more in (
+        (PolarizedCBO, {"kappa": math.inf}),
+        (CBO, {"batches": ParticleBatches(None), "stall_tol": 0.0}),
+    ):
         x, optimizer = swarm(kind, start(), alpha=ALPHA, **more)
         for _ in range(5):
             optimizer.step(bowl)
@@ -227,7 +234,7 @@ def test_fewer_particles_and_new_groups(kind) -> None:
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        (ConsensusBasedSampling, {"mode": "optimization", "num_particles": 200, "effective_sample_size": 0.3}),
+        (ConsensusBasedSampling, {"mode": "optimization", "num_particles": 200, "alpha": EffectiveSampleSize(0.3)}),
         (MemoryCBO, {}),
         (PolarizedCBO, {"kappa": 20.0}),
         (AdamCBO, {}),

@@ -5,7 +5,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from lit_methods.optim import OptimisticOnlineNewton
-from lit_methods.optim.optimistic.newton import add_rank_one_
+from lit_methods.optim.optimistic.newton import add_rank_one_, project_onto_ball
 from tests.unit.optim.optimistic.online import draws, play
 
 T, D = 60, 4
@@ -65,7 +65,7 @@ def test_inverse_stays_exact_over_many_updates():
 def test_projection_agrees_with_scipy():
     a = draws(3, 3)
     matrix, y = (a @ a.T + 0.1 * torch.eye(3)).numpy(), np.array([2.0, -1.0, 1.0])
-    ours = OptimisticOnlineNewton._project(torch.from_numpy(y), torch.from_numpy(matrix), 1.0).numpy()
+    ours = project_onto_ball(torch.from_numpy(y), torch.from_numpy(matrix), 1.0).numpy()
     inside = {"type": "ineq", "fun": lambda x: 1 - x @ x}
     best = minimize(lambda x: (x - y) @ matrix @ (x - y), np.zeros(3), constraints=[inside], tol=1e-14)
     np.testing.assert_allclose(ours, best.x, atol=1e-5)

@@ -66,7 +66,7 @@ def test_constant_step_is_the_optimistic_gradient_method_bit_for_bit(foreach):
     )
     assert torch.equal(points, torch.stack(expected))
     (state,) = optimizer.state.values()
-    assert list(state) == ["guess"], "one buffer"
+    assert [name for name, value in state.items() if isinstance(value, torch.Tensor)] == ["guess"], "one buffer"
 
 
 def test_agrees_with_optax():
@@ -91,7 +91,7 @@ def test_without_optimism_it_is_gradient_descent():
     )
     expected, _ = play(lambda ps: torch.optim.SGD(ps, lr=0.1), torch.ones(D), g)
     assert torch.equal(points, expected)
-    assert not any(optimizer.state.values())
+    assert [list(state) for state in optimizer.state.values()] == [["rounds"]], "no buffer"
 
 
 def test_difference_form_equals_two_steps_under_a_schedule():
@@ -130,10 +130,10 @@ def test_step_never_grows_and_the_first_move_has_not_seen_the_gradient():
         optimizer.step()
         steps.append(float(optimizer.state[p]["step_size"]))
     assert all(a >= b > 0 for a, b in pairwise(steps))
-    before = optimizer.state[p]["anchor"].clone()
+    before = optimizer.state[p]["x_hat"].clone()
     p.grad = 1e6 * torch.ones_like(p)
     optimizer.step()
-    used = (before - optimizer.state[p]["anchor"]) / 1e6
+    used = (before - optimizer.state[p]["x_hat"]) / 1e6
     torch.testing.assert_close(used, torch.full_like(used, steps[-1]), rtol=1e-9, atol=0)
     assert float(optimizer.state[p]["step_size"]) < 1e-3 * steps[-1]
 
@@ -271,8 +271,8 @@ def test_bfloat16_parameters_have_float32_master_state_that_survives_loading():
     other = OptimisticOMD([nn.Parameter(points[-1].clone())], 0.05, step_size="constant")
     other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     (state,), (saved,) = other.state.values(), optimizer.state.values()
-    assert state["anchor"].dtype == torch.float32
-    assert torch.equal(state["anchor"], saved["anchor"])
+    assert state["x_hat"].dtype == torch.float32
+    assert torch.equal(state["x_hat"], saved["x_hat"])
 
 
 def test_infeasible_start_is_projected_with_a_warning():

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_methods.optim import SSO
+from lit_methods.optim.sso import AdaGradPerExample, Armijo, GaussNewton
 
 N, D, K = 12, 5, 3
 X = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
@@ -70,13 +71,13 @@ def test_running_statistics_move_once_and_train_flags_stay() -> None:
     net = make_net(nn.BatchNorm1d(8), nn.Tanh())
     reference = copy.deepcopy(net)
     reference(X)
-    step_by_capture(net, SSO(net.parameters(), target_module=net, inner_steps=7), 1)
+    step_by_capture(net, SSO(net.parameters(), target_module=net, inner=GaussNewton(steps=7)), 1)
     for name, buffer in reference.named_buffers():
         assert torch.equal(dict(net.named_buffers())[name], buffer), name
     assert net.training
     assert net[1].training
     closed = copy.deepcopy(reference)
-    optimizer = SSO(closed.parameters(), target_module=closed, inner_steps=7)
+    optimizer = SSO(closed.parameters(), target_module=closed, inner=GaussNewton(steps=7))
     optimizer.step(lambda: (closed(X), lambda z: functional.cross_entropy(z, Y)))
     reference(X)
     assert torch.equal(closed[1].running_var, reference[1].running_var)
@@ -85,7 +86,7 @@ def test_running_statistics_move_once_and_train_flags_stay() -> None:
 def test_autocast_of_the_call_is_used_again() -> None:
     net, dtypes = make_net(), []
     net[-1].register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    optimizer = SSO(net.parameters(), target_module=net, inner_steps=3)
+    optimizer = SSO(net.parameters(), target_module=net, inner=GaussNewton(steps=3))
     with torch.autocast("cpu", torch.bfloat16):
         functional.cross_entropy(net(X), Y).backward()
     optimizer.step()
@@ -315,16 +316,16 @@ def test_outputs_that_are_not_one_tensor() -> None:
 
 def test_rules_that_need_more_than_was_captured() -> None:
     net = make_net()
-    with pytest.raises(RuntimeError, match="rule='armijo' evaluates the loss at other targets"):
+    with pytest.raises(RuntimeError, match="Armijo evaluates the loss at other targets"):
         step_by_capture(net, SSO(net.parameters(), target_module=net, rule="armijo"))
     net = make_net()
     with pytest.raises(RuntimeError, match="needs the examples' indices"):
-        step_by_capture(net, SSO(net.parameters(), target_module=net, rule="adagrad_diag"))
+        step_by_capture(net, SSO(net.parameters(), target_module=net, rule=AdaGradPerExample()))
     captured, closed = make_net(), make_net()
-    options = {"rule": "armijo", "lr": 2.0}
+    options = {"lr": 2.0}
     loss = lambda z: functional.cross_entropy(z, Y)  # noqa: E731
-    step_by_capture(captured, SSO(captured.parameters(), target_module=captured, loss_fn=loss, **options))
-    optimizer = SSO(closed.parameters(), **options)
+    step_by_capture(captured, SSO(captured.parameters(), target_module=captured, rule=Armijo(loss_fn=loss), **options))
+    optimizer = SSO(closed.parameters(), rule="armijo", **options)
     for _ in range(3):
         optimizer.step(lambda: (closed(X), loss))
     assert torch.equal(flat(captured), flat(closed))

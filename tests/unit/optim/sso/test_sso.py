@@ -1,6 +1,8 @@
 """SSO's surrogate, step-size rules and inner solvers against closed forms and sequences computed here."""
 
 import copy
+import dataclasses
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -12,6 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lit_methods.optim import SSO
+from lit_methods.optim.sso import (
+    AdaGrad,
+    AdaGradPerExample,
+    Armijo,
+    ArmijoDescent,
+    ConjugateGradient,
+    Constant,
+    Exponential,
+    GaussNewton,
+    Newton,
+    OptimizerSteps,
+    Sqrt,
+    StepRule,
+    StrongWolfeLBFGS,
+)
+from lit_methods.optim.sso.solvers import InnerSolver, inner_solver
 from lit_methods.optim.sso.surrogate import TargetSurrogate, kl_divergence
 from tests.contract.compare import assert_same
 
@@ -23,9 +41,13 @@ INNER = {
     "lbfgs": {"inner": "lbfgs"},
     "armijo": {"inner": "armijo"},
     "adam": {"inner": "adam"},
-    "sgd": {"inner": "sgd", "inner_lr": 0.05},
+    "sgd": {"inner": functools.partial(torch.optim.SGD, lr=0.05)},
     "callable": {"inner": lambda params: torch.optim.RMSprop(params, lr=1e-3)},
 }
+
+
+def few(inner: str, steps: int) -> InnerSolver:
+    return dataclasses.replace(inner_solver(INNER[inner]["inner"]), steps=steps)
 
 
 def data(seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -172,7 +194,7 @@ def test_networks_without_forward_mode_take_the_same_steps_when_linear() -> None
         doubled.step(lambda: (2 * plain(data()), squared))
         other.step(lambda: (custom(data()), squared))
     torch.testing.assert_close(flat(custom), flat(plain), rtol=1e-8, atol=1e-8)
-    with pytest.raises(RuntimeError, match="inner='cg' needs forward-mode AD"):
+    with pytest.raises(RuntimeError, match="ConjugateGradient needs forward-mode AD"):
         SSO(custom.parameters(), inner="cg").step(lambda: (custom(data()), squared))
 
 
@@ -182,7 +204,7 @@ def test_networks_without_forward_mode_take_the_same_steps_when_linear() -> None
 def test_one_inner_sgd_step_is_sgd_to_the_bit() -> None:
     ours, theirs = make_net(dtype=torch.float32), make_net(dtype=torch.float32)
     x = data(dtype=torch.float32)
-    a = SSO(ours.parameters(), lr=0.7, inner="sgd", inner_lr=0.1, inner_steps=1)
+    a = SSO(ours.parameters(), lr=0.7, inner=OptimizerSteps(steps=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)))
     b = torch.optim.SGD(theirs.parameters(), lr=0.1)
     for _ in range(20):
         a.step(lambda: (ours(x), cross_entropy))
@@ -192,10 +214,10 @@ def test_one_inner_sgd_step_is_sgd_to_the_bit() -> None:
         assert torch.equal(flat(ours), flat(theirs))
 
 
-@pytest.mark.parametrize("inner", ["cg", "lbfgs"])
+@pytest.mark.parametrize("inner", [ConjugateGradient, StrongWolfeLBFGS])
 def test_exact_steps_on_squared_loss_solve_the_normal_equations(inner) -> None:
     net = make_net(linear=True)
-    run(net, squared, 1, lr=1.0, inner=inner, inner_steps=200, inner_tol=1e-12)
+    run(net, squared, 1, lr=1.0, inner=inner(steps=200, tol=1e-12))
     design = torch.cat([data(), torch.ones(N, 1, dtype=torch.float64)], 1)
     expected = torch.linalg.lstsq(design, data(3)[:, :K]).solution
     torch.testing.assert_close(torch.cat([net.weight.T, net.bias[None]]), expected, rtol=1e-6, atol=1e-6)
@@ -208,7 +230,7 @@ def test_exact_step_of_a_linear_network_is_a_pseudoinverse_step() -> None:
     start, labels = net.weight.detach().clone(), (torch.arange(N) % 2)[:, None].double()
     z = net(x).detach()
     slopes = z.sigmoid() - labels
-    SSO(net.parameters(), lr=1.7, inner="cg", inner_steps=N, inner_tol=1e-14).step(
+    SSO(net.parameters(), lr=1.7, inner=ConjugateGradient(steps=N, tol=1e-14)).step(
         lambda: (net(x), lambda f: functional.binary_cross_entropy_with_logits(f, labels))
     )
     expected = start - 1.7 * (torch.linalg.pinv(x) @ slopes).T
@@ -221,7 +243,7 @@ def test_gauss_newton_step_is_an_exact_line_search_on_linear_networks() -> None:
     surrogate, _ = surrogate_of(net, logistic, 0.8)
     surrogate.value()
     before = surrogate.gradient()
-    run_once = SSO(net.parameters(), lr=0.8, inner_steps=1)
+    run_once = SSO(net.parameters(), lr=0.8, inner=GaussNewton(steps=1))
     run_once.step(lambda: (net(data()), logistic))
     surrogate.value()
     dot = sum(float((g * h).sum()) for g, h in zip(before, surrogate.gradient(), strict=True))
@@ -232,7 +254,7 @@ def test_kl_with_exact_steps_is_exponentiated_gradient() -> None:
     logits = nn.Parameter(torch.randn(4, K, dtype=torch.float64))
     costs = torch.rand(4, K, dtype=torch.float64)
     p = logits.detach().softmax(1)
-    optimizer = SSO([logits], lr=0.5, divergence="kl", inner="lbfgs", inner_steps=300, inner_tol=1e-12)
+    optimizer = SSO([logits], lr=0.5, divergence="kl", inner=StrongWolfeLBFGS(steps=300, tol=1e-12))
     optimizer.step(lambda: (logits.softmax(1), lambda q: (costs * q).sum(1).mean()))
     weights = p * torch.exp(-0.5 * costs)
     torch.testing.assert_close(logits.detach().softmax(1), weights / weights.sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
@@ -248,7 +270,7 @@ def test_a_divergence_of_ones_own_equals_the_built_in_one() -> None:
 @pytest.mark.parametrize("inner", INNER)
 def test_full_batch_loss_never_grows_for_eta_up_to_1_over_smoothness(inner) -> None:
     for loss, eta in LOSSES.values():
-        losses = run(make_net(), loss, 15, lr=eta, inner_steps=5, **INNER[inner])
+        losses = run(make_net(), loss, 15, lr=eta, inner=few(inner, 5))
         assert all(b <= a for a, b in pairwise(losses)), losses
         assert losses[-1] < losses[0]
 
@@ -272,9 +294,22 @@ def etas(steps: int, **options) -> tuple[list[float], list[tuple[Tensor, Tensor]
 def test_schedules() -> None:
     assert etas(3, lr=0.6)[0] == [0.6] * 3
     assert etas(3, lr=0.6, rule="sqrt")[0] == pytest.approx([0.6, 0.6 / 2**0.5, 0.6 / 3**0.5])
-    assert etas(3, lr=0.6, rule="exponential", total_steps=4)[0] == pytest.approx(
+    assert etas(3, lr=0.6, rule=Exponential(total_steps=4))[0] == pytest.approx(
         [0.6 * 4 ** (-t / 4) for t in (1, 2, 3)]
     )
+
+
+def test_names_are_the_rules_with_their_defaults() -> None:
+    for name, rule in (("constant", Constant()), ("sqrt", Sqrt()), ("adagrad", AdaGrad()), ("armijo", Armijo())):
+        assert etas(3, lr=2.0, rule=name)[0] == etas(3, lr=2.0, rule=rule)[0]
+
+
+def test_a_rule_of_ones_own() -> None:
+    class Halving(StepRule):
+        def step_size(self, targets, loss, loss_at, lr, state):
+            return lr / 2 ** state["step"], None
+
+    assert etas(3, lr=2.0, rule=Halving())[0] == [1.0, 0.5, 0.25]
 
 
 def test_default_eta_is_1_over_smoothness() -> None:
@@ -291,7 +326,7 @@ def test_adagrad_sums_squared_norms() -> None:
 
 
 def test_armijo_takes_the_first_eta_of_its_sequence_that_fulfils_the_condition() -> None:
-    found, seen = etas(5, lr=30.0, rule="armijo", armijo_c=0.3, armijo_decay=0.8, armijo_grow=1.5)
+    found, seen = etas(5, lr=30.0, rule=Armijo(c=0.3, decay=0.8, grow=1.5))
     last = 30.0
     for eta, (z, g) in zip(found, seen, strict=True):
 
@@ -307,8 +342,8 @@ def test_armijo_takes_the_first_eta_of_its_sequence_that_fulfils_the_condition()
 
 
 def test_armijo_stays_in_its_bounds() -> None:
-    assert set(etas(3, lr=30.0, rule="armijo", eta_bounds=(0.1, 0.2))[0]) <= {0.2}
-    assert etas(1, lr=1e6, rule="armijo", armijo_c=0.999, eta_bounds=(50.0, 60.0))[0] == [50.0]
+    assert set(etas(3, lr=30.0, rule=Armijo(bounds=(0.1, 0.2)))[0]) <= {0.2}
+    assert etas(1, lr=1e6, rule=Armijo(c=0.999, bounds=(50.0, 60.0)))[0] == [50.0]
 
 
 def test_newton_metric_makes_the_exact_step_a_newton_step_in_target_space() -> None:
@@ -316,7 +351,7 @@ def test_newton_metric_makes_the_exact_step_a_newton_step_in_target_space() -> N
     labels = (torch.arange(N) % 2)[:, None].double()
     p = z.detach().sigmoid()
     expected = z.detach() - 0.5 * (p - labels) / (p * (1 - p) + 1e-5)
-    optimizer = SSO([z], lr=0.5, loss="bce", rule="newton", inner="cg", inner_steps=50, inner_tol=1e-14)
+    optimizer = SSO([z], lr=0.5, loss="bce", inner=ConjugateGradient(steps=50, tol=1e-14), rule="newton")
     optimizer.step(lambda: (1.0 * z, lambda f: functional.binary_cross_entropy_with_logits(f, labels)))
     torch.testing.assert_close(z.detach(), expected, rtol=1e-9, atol=1e-9)
 
@@ -324,7 +359,7 @@ def test_newton_metric_makes_the_exact_step_a_newton_step_in_target_space() -> N
 def test_diagonal_adagrad_keeps_one_accumulator_for_each_example_and_output() -> None:
     z = nn.Parameter(torch.zeros(6, 2, dtype=torch.float64))
     goal = torch.randn(6, 2, dtype=torch.float64)
-    optimizer = SSO([z], lr=0.5, rule="adagrad_diag", inner="cg", inner_steps=50, inner_tol=1e-14)
+    optimizer = SSO([z], lr=0.5, inner=ConjugateGradient(steps=50, tol=1e-14), rule=AdaGradPerExample())
     position, table = torch.zeros(6, 2, dtype=torch.float64), torch.zeros(6, 2, dtype=torch.float64)
     for rows in ([0, 1, 2], [2, 3, 0], [5, 0, 1]):
         index = torch.tensor(rows)
@@ -357,7 +392,7 @@ def test_maximize_negates_the_loss() -> None:
 
 def test_weight_decay_is_part_of_the_objective() -> None:
     net = make_net(linear=True)
-    run(net, squared, 1, lr=1.0, inner="cg", inner_steps=100, inner_tol=1e-13, weight_decay=0.2)
+    run(net, squared, 1, lr=1.0, weight_decay=0.2, inner=ConjugateGradient(steps=100, tol=1e-13))
     design = torch.cat([data(), torch.ones(N, 1, dtype=torch.float64)], 1)
     normal = design.T @ design / N + 0.2 * torch.eye(D + 1, dtype=torch.float64)
     expected = torch.linalg.solve(normal, design.T @ data(3)[:, :K] / N)
@@ -367,7 +402,7 @@ def test_weight_decay_is_part_of_the_objective() -> None:
 def test_long_target_gradients_are_shortened() -> None:
     z = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
     goal = torch.tensor([[3.0, 4.0], [0.3, 0.4]], dtype=torch.float64)
-    optimizer = SSO([z], max_target_grad_norm=1.0, inner="cg", inner_tol=1e-14)
+    optimizer = SSO([z], max_target_grad_norm=1.0, inner=ConjugateGradient(tol=1e-14))
     optimizer.step(lambda: (1.0 * z, lambda f: 0.5 * (f - goal).square().sum(1).mean()))
     torch.testing.assert_close(z.detach(), torch.tensor([[0.6, 0.8], [0.3, 0.4]], dtype=torch.float64))
 
@@ -405,7 +440,7 @@ def test_loss_fn_is_called_once_a_step(inner) -> None:
 
 def test_dropout_and_random_numbers_in_the_closure_repeat_themselves() -> None:
     net = nn.Sequential(nn.Linear(D, 20), nn.Dropout(0.5), nn.Linear(20, K)).double()
-    optimizer = SSO(net.parameters(), inner_steps=5)
+    optimizer = SSO(net.parameters(), inner=GaussNewton(steps=5))
     torch.manual_seed(5)
     net(data())
     expected = torch.rand(3)
@@ -442,19 +477,19 @@ def test_an_inner_optimizer_that_diverges_is_undone() -> None:
     net = make_net(dtype=torch.float32)
     before = flat(net)
     x, goal = data(dtype=torch.float32), data(3)[:, :K].float()
-    optimizer = SSO(net.parameters(), inner="sgd", inner_lr=1e30, inner_steps=4)
+    optimizer = SSO(net.parameters(), inner=OptimizerSteps(steps=4, optimizer=lambda p: torch.optim.SGD(p, lr=1e30)))
     optimizer.step(lambda: (net(x), lambda z: (z - goal).square().mean()))
     assert torch.equal(flat(net), before)
 
 
-@pytest.mark.parametrize("rule", ["sqrt", "armijo", "adagrad", "adagrad_diag"])
+@pytest.mark.parametrize("rule", ["sqrt", "armijo", "adagrad", "adagrad_per_example"])
 @pytest.mark.parametrize("inner", ["gauss_newton", "adam", "callable"])
 def test_resumes_to_the_bit(rule, inner) -> None:
     def steps(net: nn.Module, optimizer: SSO, count: int) -> None:
         for _ in range(count):
             optimizer.step(lambda: (net(data()), logistic, torch.arange(N)))
 
-    options = {"lr": 2.0, "rule": rule, "inner_steps": 3, **INNER[inner]}
+    options = {"lr": 2.0, "rule": rule, "inner": few(inner, 3)}
     net = make_net()
     optimizer = SSO(net.parameters(), **options)
     steps(net, optimizer, 3)
@@ -474,7 +509,7 @@ def test_resumes_to_the_bit(rule, inner) -> None:
 
 def test_metrics() -> None:
     net = make_net()
-    optimizer = SSO(net.parameters(), lr=1.0, inner_steps=4)
+    optimizer = SSO(net.parameters(), lr=1.0, inner=GaussNewton(steps=4))
     assert optimizer.get_metrics() == {}
     before = float(optimizer.step(lambda: (net(data()), squared)))
     metrics = optimizer.get_metrics()
@@ -516,10 +551,10 @@ def test_bad_closures(result, error, message) -> None:
 
 def test_bad_use_of_rules_and_dimensions() -> None:
     net = make_net()
-    with pytest.raises(RuntimeError, match="needs indices"):
-        run(net, squared, 1, rule="adagrad_diag")
+    with pytest.raises(RuntimeError, match="needs the examples' indices"):
+        run(net, squared, 1, rule=AdaGradPerExample())
     with pytest.raises(RuntimeError, match="2 indices for 12 examples"):
-        SSO(net.parameters(), rule="adagrad_diag").step(lambda: (net(data()), squared, torch.arange(2)))
+        SSO(net.parameters(), rule=AdaGradPerExample()).step(lambda: (net(data()), squared, torch.arange(2)))
     with pytest.raises(ValueError, match=r"num_batch_dims=3 but the targets have shape \(12, 3\)"):
         run(net, squared, 1, num_batch_dims=3)
     with pytest.raises(RuntimeError, match="step was called without a closure"):
@@ -531,3 +566,71 @@ def test_targets_that_do_not_depend_on_the_parameters_move_nothing() -> None:
     before = flat(net)
     SSO(net.parameters()).step(lambda: (1.0 * stranger, squared))
     assert torch.equal(flat(net), before)
+
+
+# ---- arguments of version 0.0
+
+
+def test_former_arguments_warn_and_mean_the_same() -> None:
+    for former, new in (
+        ({"inner_steps": 3, "inner_tol": 0.0}, {"inner": GaussNewton(steps=3, tol=0.0)}),
+        ({"inner": "cg", "inner_steps": 4}, {"inner": ConjugateGradient(steps=4)}),
+        ({"inner": "armijo", "inner_lr": 5.0, "inner_grow": 1.5}, {"inner": ArmijoDescent(lr=5.0, grow=1.5)}),
+        ({"rule": "armijo", "armijo_c": 0.3, "eta_bounds": (0.1, 9.0)}, {"rule": Armijo(c=0.3, bounds=(0.1, 9.0))}),
+        ({"rule": "exponential", "total_steps": 9}, {"rule": Exponential(total_steps=9)}),
+        ({"inner": "sgd", "inner_lr": 0.05}, {"inner": functools.partial(torch.optim.SGD, lr=0.05)}),
+    ):
+        old_net, new_net = make_net(), make_net()
+        with pytest.warns(FutureWarning, match=f"SSO's {min(former.keys() - {'inner', 'rule'})}"):
+            run(old_net, squared, 2, lr=0.5, **former)
+        run(new_net, squared, 2, lr=0.5, **new)
+        assert torch.equal(flat(old_net), flat(new_net)), former
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GaussNewton(steps=0), "steps must be an integer >= 1, got 0"),
+        (lambda: GaussNewton(tol=-1.0), "tol must be >= 0 and finite, got -1.0"),
+        (lambda: ConjugateGradient(armijo_c=1.0), r"armijo_c must be in \(0, 1\), got 1.0"),
+        (lambda: ArmijoDescent(lr=math.inf), "lr must be > 0 and finite, got inf"),
+        (lambda: ArmijoDescent(grow=0.5), "grow must be >= 1 and finite, got 0.5"),
+        (lambda: OptimizerSteps(sync_every=0), "sync_every must be an integer >= 1, got 0"),
+        (lambda: Armijo(c=0.0), r"c must be in \(0, 1\), got 0.0"),
+        (lambda: Armijo(decay=1.0), r"decay must be in \(0, 1\), got 1.0"),
+        (lambda: Armijo(bounds=(2.0, 1.0)), "bounds must be 0 < least <= greatest"),
+        (lambda: AdaGradPerExample(bounds=(0.0, 1.0)), "bounds must be 0 < least <= greatest"),
+        (lambda: Newton(damping=0.0), "damping must be > 0 and finite, got 0.0"),
+        (lambda: Exponential(total_steps=0), "total_steps must be an integer >= 1, got 0"),
+    ],
+)
+def test_solvers_and_rules_refuse_bad_settings_by_name(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_group_cannot_have_a_setting_of_the_optimizer() -> None:
+    with pytest.raises(ValueError, match="rule is no setting of a parameter group"):
+        SSO([{"params": list(make_net().parameters()), "rule": "armijo"}])
+
+
+def test_a_lasting_inner_optimizer_resumes_after_a_group_was_added() -> None:
+    def start() -> tuple[nn.Module, SSO]:
+        net = make_net()
+        return net, SSO(net[0].parameters(), lr=2.0, inner=OptimizerSteps(steps=3))
+
+    net, optimizer = start()
+    step = lambda n, o: o.step(lambda: (n(data()), logistic))  # noqa: E731
+    step(net, optimizer)
+    optimizer.add_param_group({"params": list(net[2].parameters())})
+    step(net, optimizer)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+    step(net, optimizer)
+
+    other, resumed = start()
+    resumed.add_param_group({"params": list(other[2].parameters())})
+    other.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    step(other, resumed)
+    assert torch.equal(flat(other), flat(net))
+    assert_same(resumed.state_dict(), optimizer.state_dict(), "state")

@@ -3,12 +3,13 @@
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lit_methods.llm.nash_loss import group_preference_advantage, group_win_rates, nash_prox_loss, rloo
+from lit_methods.llm.nash_mp.loss import group_preference_advantage, group_win_rates, nash_prox_loss, rloo
 
 VOCABULARY, LENGTH = 3, 2
 SEQUENCES = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))
@@ -88,7 +89,9 @@ def expected_gradient(size: int, num_opponents: int, beta: float, eta: float, **
     return total
 
 
-@pytest.mark.parametrize("options", [{"kl_credit": "sequence"}, {"kl_credit": "to_go"}, {"loss_type": "ipo"}])
+@pytest.mark.parametrize(
+    "options", [{"loss_type": "reinforce"}, {"loss_type": "reinforce_to_go"}, {"loss_type": "ipo"}]
+)
 @pytest.mark.parametrize(("size", "num_opponents"), [(2, 0), (3, 0), (2, 1), (2, 2)])
 @pytest.mark.parametrize("eta", [0.5, math.inf])
 def test_expected_gradient_is_exact(options: dict[str, str], size: int, num_opponents: int, eta: float) -> None:
@@ -101,7 +104,7 @@ def test_leave_one_out_would_be_wrong_in_group_self_play(monkeypatch: pytest.Mon
     pref, ref, target, _, _ = game()
     exact = exact_gradient(pref, ref, target, None, 0.3, 0.5)
     monkeypatch.setattr(
-        "lit_methods.llm.nash_loss.group_preference_advantage", lambda pref: rloo(group_win_rates(pref))
+        "lit_methods.llm.nash_mp.loss.group_preference_advantage", lambda pref: rloo(group_win_rates(pref))
     )
     trapped = expected_gradient(2, 0, 0.3, 0.5)
     assert (trapped - exact).norm() / exact.norm() > 0.1
@@ -147,9 +150,48 @@ def test_metrics_ignore_padding() -> None:
 def test_bad_arguments() -> None:
     one = torch.zeros(2, 1, 3)
     mask = torch.ones(2, 1, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="samples_per_prompt=1"):
+    with pytest.raises(ValueError, match="samples_per_prompt must be >= 2, got 1"):
         nash_prox_loss(one, one, one, torch.zeros(2, 1, 1), mask, beta=0.1, eta=1.0)
-    with pytest.raises(ValueError, match="samples_per_prompt=1"):
+    with pytest.raises(ValueError, match="samples_per_prompt must be >= 2, got 1"):
         nash_prox_loss(one, one, one, torch.zeros(2, 1, 5), mask, beta=0.1, eta=1.0, group_self_play=False)
     with pytest.raises(ValueError, match="one group"):
         nash_prox_loss(one, one, one, torch.zeros(2, 1, 5), mask, beta=0.1, eta=1.0)
+
+
+def test_metrics_of_the_kl_terms() -> None:
+    torch.manual_seed(0)
+    logps, ref, target = (torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(2, 3, 4) < 0.7
+    pref = torch.full((2, 3, 3), 0.5, dtype=torch.float64)
+    _, metrics = nash_prox_loss(logps, ref, target, pref, mask, beta=0.1, eta=0.5)
+    ratio = logps - ref
+    torch.testing.assert_close(metrics["kl/ref"], (ratio * mask).sum(2).mean())
+    # Schulman's k3: r - 1 - log r with r = ref / pi
+    torch.testing.assert_close(metrics["kl/ref_k3"], (((-ratio).exp() - 1 + ratio) * mask).sum(2).mean())
+    torch.testing.assert_close(metrics["kl/target"], ((logps - target) * mask).sum(2).mean())
+
+
+@pytest.mark.parametrize("loss_type", ["reinforce", "reinforce_to_go", "ipo"])
+def test_a_target_counts_with_a_finite_eta_only(loss_type: Any) -> None:
+    torch.manual_seed(0)
+    logps, ref, target = (torch.randn(2, 3, 4) for _ in range(3))
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    pref = torch.full((2, 3, 3), 0.5)
+
+    def loss(target: Any, eta: float) -> Any:
+        return nash_prox_loss(logps, ref, target, pref, mask, beta=0.1, eta=eta, loss_type=loss_type)
+
+    given, metrics = loss(target, math.inf)
+    assert given == loss(None, math.inf)[0] != loss(target, 1.0)[0]
+    assert metrics["kl/target"] == 0
+    with pytest.raises(ValueError, match=r"target_logps must be given with a finite eta, got None with eta=1\.0"):
+        loss(None, 1.0)
+
+
+def test_former_spelling_warns_and_means_the_same() -> None:
+    torch.manual_seed(0)
+    logps, ref, target = (torch.randn(2, 3, 4) for _ in range(3))
+    arguments: Any = (logps, ref, target, torch.full((2, 3, 3), 0.5), torch.ones(2, 3, 4, dtype=torch.bool))
+    with pytest.warns(FutureWarning, match='loss_type="reinforce_to_go"'):
+        former = nash_prox_loss(*arguments, beta=0.1, eta=1.0, kl_credit="to_go")[0]
+    assert former == nash_prox_loss(*arguments, beta=0.1, eta=1.0, loss_type="reinforce_to_go")[0]

@@ -5,20 +5,20 @@ beta / eta KL(pi | target)``. The estimators below are unbiased, which the tests
 """
 
 import math
+import warnings
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-LossType = Literal["reinforce", "ipo"]
-KLCredit = Literal["sequence", "to_go"]
+LossType = Literal["reinforce", "reinforce_to_go", "ipo"]
 
 
 def rloo(x: Tensor) -> Tensor:
     """Each entry minus the mean of the others, along dimension 1: ``(x - mean) B / (B - 1)``."""
     num = x.shape[1]
     if num < 2:
-        raise ValueError(f"samples_per_prompt={num} must be 2 or more: the baseline is the other samples' mean")
+        raise ValueError(f"samples_per_prompt must be >= 2, got {num}: the baseline is the other samples' mean")
     return (x - x.mean(1, keepdim=True)) * (num / (num - 1))
 
 
@@ -34,7 +34,7 @@ def group_win_rates(pref: Tensor) -> Tensor:
     """
     num = pref.shape[1]
     if num < 2:
-        raise ValueError(f"samples_per_prompt={num} must be 2 or more: samples of a group play each other")
+        raise ValueError(f"samples_per_prompt must be >= 2, got {num}: samples of a group play each other")
     return (pref.sum(2) - pref.diagonal(dim1=1, dim2=2)) / (num - 1)
 
 
@@ -58,56 +58,62 @@ def nash_prox_loss(
     eta: float = math.inf,
     loss_type: LossType = "reinforce",
     group_self_play: bool = True,
-    kl_credit: KLCredit = "sequence",
+    kl_credit: Literal["sequence", "to_go"] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss whose expected gradient is that of the prox step's objective, with the sign of a loss.
 
-    Both loss types have the same expected gradient when the opponent is the policy: ``"ipo"`` is the squared error of
-    ``h(y_i) - h(y_j)`` against the preference, ``h = beta log(pi / ref) + beta / eta log(pi / target)``, divided by
-    ``4 (beta + beta / eta)``.
+    All loss types have the same expected gradient when the opponent is the policy. ``"reinforce"`` charges every token
+    the KL of the whole response, ``"reinforce_to_go"`` that of itself and of what follows, which has less variance.
+    ``"ipo"`` is the squared error of ``h(y_i) - h(y_j)`` against the preference, where ``h = beta log(pi / ref) +
+    beta / eta log(pi / target)``, divided by ``4 (beta + beta / eta)``.
 
     Args:
         logps: log-probabilities of the policy's own samples, with gradient, ``(P, B, T)``.
         ref_logps: the same tokens under the reference, ``(P, B, T)``.
-        target_logps: the same tokens under the centre of the prox step; ``None`` with ``eta=inf``.
+        target_logps: the same tokens under the centre of the prox step; not looked at, and may be ``None``, with
+            ``eta=inf``.
         pref: preferences among the samples of a group ``(P, B, B)``, or over opponents' samples ``(P, B, K)``.
         mask: tokens that count, ``(P, B, T)``, bool.
         beta: strength of the KL regularisation, positive.
         eta: step size, positive; ``inf`` for no centre.
-        loss_type: ``"reinforce"`` or ``"ipo"``.
+        loss_type: ``"reinforce"``, ``"reinforce_to_go"`` or ``"ipo"``.
         group_self_play: whether ``pref`` is among the samples themselves.
-        kl_credit: for ``"reinforce"``: charge every token the KL of the whole response (``"sequence"``), or of itself
-            and what follows (``"to_go"``), which has less variance and the same mean.
+        kl_credit: former spelling, which warns: ``"to_go"`` is ``loss_type="reinforce_to_go"``.
 
     Returns:
         the loss, and detached metrics: ``kl/ref`` and ``kl/target`` per response (mean log-ratio), ``kl/ref_k3`` (its
         positive low-variance estimate), ``preference/spread`` (standard deviation of win rates within a group).
 
     Raises:
-        ValueError: for fewer than 2 samples per prompt, or shapes that do not fit.
+        ValueError: for fewer than 2 samples per prompt, shapes that do not fit, or a finite ``eta`` without
+            ``target_logps``.
     """
+    if kl_credit is not None:
+        warnings.warn('nash_prox_loss: kl_credit="to_go" is now loss_type="reinforce_to_go"', FutureWarning)
+        loss_type = "reinforce_to_go" if (loss_type, kl_credit) == ("reinforce", "to_go") else loss_type
     if group_self_play and pref.shape[1] != pref.shape[2]:
         raise ValueError(f"pref has shape {tuple(pref.shape)}, but group self-play compares samples of one group")
     logps = logps * mask
     ratio_ref = (logps.detach() - ref_logps) * mask
-    if math.isinf(eta) or target_logps is None:
-        prox, ratio_target = 0.0, torch.zeros_like(ratio_ref)
+    if math.isinf(eta):
+        prox, target_logps = 0.0, logps.detach()
+    elif target_logps is None:
+        raise ValueError(f"target_logps must be given with a finite eta, got None with eta={eta}")
     else:
-        prox, ratio_target = beta / eta, (logps.detach() - target_logps) * mask
+        prox = beta / eta
+    ratio_target = (logps.detach() - target_logps) * mask
     win_rates = group_win_rates(pref) if group_self_play else pref.mean(2)
-    if loss_type == "reinforce":
+    if loss_type != "ipo":
         advantage = group_preference_advantage(pref) if group_self_play else rloo(win_rates)
         penalty = beta * ratio_ref + prox * ratio_target
-        if kl_credit == "sequence":
+        if loss_type == "reinforce":
             weights = (advantage - rloo(penalty.sum(2))).unsqueeze(2)
         else:
             to_go = penalty.flip(2).cumsum(2).flip(2)
             weights = advantage.unsqueeze(2) - rloo(to_go)
         loss = -(weights * logps).sum(2).mean()
     else:
-        pull = (beta * (logps - ref_logps) * mask).sum(2)
-        if target_logps is not None and prox:
-            pull = pull + (prox * (logps - target_logps) * mask).sum(2)
+        pull = ((beta * (logps - ref_logps) + prox * (logps - target_logps)) * mask).sum(2)
         goal = pref - 0.5 if group_self_play else win_rates.unsqueeze(2) - win_rates.unsqueeze(1)
         first, second = torch.triu_indices(pref.shape[1], pref.shape[1], offset=1, device=pref.device)
         error = pull[:, first] - pull[:, second] - goal[:, first, second]

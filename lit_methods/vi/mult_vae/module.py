@@ -1,28 +1,12 @@
-"""Mult-VAE^PR and Mult-DAE: autoencoders of users' histories that recommend items.
-
-Liang, Krishnan, Hoffman and Jebara, *Variational Autoencoders for Collaborative Filtering*, WWW 2018 (arXiv
-1802.05814), with every setting that only the authors' notebook tells. A user ``u`` with ``N_u`` interactions ``x_u``
-has a latent ``z_u ~ N(0, I)`` and ``x_u ~ Multinomial(N_u, softmax(f(z_u)))``. The loss is the mean over users of
-
-    -sum_i x_ui log softmax(f(z_u))_i  +  beta KL(q(z_u | x_u) || N(0, I)),    z_u ~ q(z_u | x_u)
-
-with ``beta`` far below 1 and annealed from 0 ("partially regularised"). A new user needs no training: feed the history,
-rank the logits.
-
-What differs from the authors' code is speed and memory, not results: the history is never made dense (the first layer
-gathers the rows of its matrix, which is stored transposed), and the likelihood neither builds the target nor the log
-probabilities but turns the logits into their gradient in place.
-"""
+"""The two autoencoders."""
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
 
@@ -30,11 +14,8 @@ from lit_methods.batches import InteractionBatch
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.metrics import NDCGAtK, RecallAtK, top_unseen_items
 from lit_methods.precision import load_unrounded
-
-__all__ = ["MultDAE", "MultVAE"]
-
-Likelihood = Literal["multinomial", "gaussian", "logistic"]
-History = InteractionBatch | Tensor
+from lit_methods.vi.mult_vae.history import History, Likelihood, check_history, sparse_rows
+from lit_methods.vi.mult_vae.losses import gaussian_kl, negative_log_likelihood, widen
 
 
 class _Autoencoder(LightningModule):
@@ -210,7 +191,7 @@ class _Autoencoder(LightningModule):
         return self.optimizer(self.parameters())
 
     def _negative_log_likelihood(self, logits: Tensor, batch: InteractionBatch) -> Tensor:
-        return _NegativeLogLikelihood.apply(logits, batch, self.likelihood, self.positive_weight)
+        return negative_log_likelihood(logits, batch, self.likelihood, self.positive_weight)
 
     def _evaluate(self, batch: InteractionBatch, metrics: MetricCollection) -> None:
         assert self.num_items is not None
@@ -219,7 +200,7 @@ class _Autoencoder(LightningModule):
         self.log_dict(metrics, batch_size=batch.num_users)
 
     def _recommend(self, batch: InteractionBatch, k: int, exclude_seen: bool) -> tuple[Tensor, Tensor]:
-        logits = self(batch).float()
+        logits = widen(self(batch))
         if exclude_seen:
             return top_unseen_items(logits, batch, k)
         best, items = logits.topk(k, dim=1)
@@ -230,7 +211,7 @@ class _Autoencoder(LightningModule):
         if self.num_items is None:
             raise RuntimeError("num_items is not known before fit has seen the datamodule: pass num_items=...")
         if isinstance(history, Tensor):
-            history = _sparse(history, self.num_items)
+            history = sparse_rows(history, self.num_items)
         if history.items.device.type == "cpu" and not torch.compiler.is_compiling():
             check_history(history, self.num_items, self.likelihood)
         return history
@@ -336,7 +317,7 @@ class MultVAE(_Autoencoder):
         mean, log_variance = self.encode(batch)
         z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
         nll = self._negative_log_likelihood(self.decode(z), batch)
-        kl = gaussian_kl(mean.float(), log_variance.float()).mean()
+        kl = gaussian_kl(widen(mean), widen(log_variance)).mean()
         beta = self.beta()
         loss = nll + beta * kl
         self.log_dict({"train/loss": loss, "train/nll": nll, "train/kl": kl}, batch_size=batch.num_users)
@@ -419,110 +400,9 @@ class MultDAE(_Autoencoder):
         """Mean over users of the negative log-likelihood, and the penalty."""
         nll = self._negative_log_likelihood(self(batch), batch)
         weights = [p for name, p in self.named_parameters() if _is_weight(name)]
-        loss = nll + self.l2_penalty * torch.stack([w.float().square().sum() for w in weights]).sum()
+        loss = nll + self.l2_penalty * torch.stack([widen(w).square().sum() for w in weights]).sum()
         self.log_dict({"train/loss": loss, "train/nll": nll}, batch_size=batch.num_users)
         return loss
-
-
-def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """``KL(N(mean, exp(log_variance)) || N(0, I))``, ``(users, dim)`` to ``(users,)``."""
-    return 0.5 * (log_variance.expm1() - log_variance + mean.square()).sum(1)
-
-
-def _sparse(history: Tensor, num_items: int) -> InteractionBatch:
-    """The rows of a matrix, dense or ``sparse_csr``."""
-    if history.ndim != 2 or history.shape[1] != num_items:
-        raise ValueError(f"history must have shape (users, {num_items}), got {tuple(history.shape)}")
-    if history.layout not in (torch.strided, torch.sparse_csr):
-        raise ValueError(f"history must be dense or sparse_csr, got {history.layout}: convert it by to_sparse_csr()")
-    if history.layout == torch.sparse_csr:
-        offsets, items, values = history.crow_indices(), history.col_indices(), history.values()
-        kept = values != 0  # a stored zero is no interaction, as in a dense matrix
-        offsets = functional.pad(kept.cumsum(0), (1, 0))[offsets]
-        items, values = items[kept], values[kept]
-    else:
-        rows, items = history.nonzero(as_tuple=True)
-        values = history[rows, items]
-        offsets = functional.pad((history != 0).sum(1).cumsum(0), (1, 0))
-    return InteractionBatch(items, offsets, values, items[:0], torch.zeros_like(offsets))
-
-
-def check_history(batch: InteractionBatch, num_items: int, likelihood: Likelihood) -> None:
-    """Raise a ``ValueError`` that says what is out of range in a batch."""
-    items, offsets, values = batch.items, batch.offsets, batch.values
-    for name, ids, ends in (("items", items, offsets), ("target_items", batch.target_items, batch.target_offsets)):
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= num_items):
-            raise ValueError(
-                f"{name} must be in [0, {num_items - 1}] for num_items={num_items}, got {int(ids.min())} to "
-                f"{int(ids.max())}"
-            )
-        if len(ends) == 0 or int(ends[0]) != 0 or int(ends[-1]) != len(ids) or bool((ends.diff() < 0).any()):
-            prefix = name.removesuffix("items")
-            raise ValueError(
-                f"{prefix}offsets must rise from 0 to {len(ids)}, the number of {name}, got {ends.tolist()}"
-            )
-    if len(batch.target_offsets) != len(offsets):
-        raise ValueError(f"target_offsets must be as many as offsets, {len(offsets)}, got {len(batch.target_offsets)}")
-    if values is None:
-        return
-    if len(values) != len(items):
-        raise ValueError(f"values must be as many as items, {len(items)}, got {len(values)}")
-    high = 1.0 if likelihood == "logistic" else float("inf")
-    if len(values) and not (values.isfinite().all() and float(values.min()) >= 0 and float(values.max()) <= high):
-        raise ValueError(
-            f"values must be in [0, {high:g}] and finite for likelihood={likelihood!r}, got {float(values.min())} to "
-            f"{float(values.max())}"
-        )
-
-
-class _NegativeLogLikelihood(torch.autograd.Function):
-    """Mean over users of the negative log-likelihood; *overwrites* the logits with their gradient.
-
-    Every likelihood is a function of all logits plus corrections at the items of the history:
-
-    - multinomial: ``N logsumexp(f) - sum_x x f``; gradient ``N softmax(f) - x``;
-    - logistic: ``sum softplus(f) - sum_x x f``; gradient ``sigmoid(f) - x``;
-    - gaussian: ``sum f^2 / 2 + sum_x (c (f - x)^2 - f^2) / 2``; gradient ``f``, and ``c (f - x)`` where ``x > 0``.
-
-    The multinomial allocates nothing of the logits' size in single precision; half precision computes in float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, batch: InteractionBatch, likelihood: Likelihood, positive_weight: float
-    ) -> Tensor:
-        half = logits.dtype in (torch.bfloat16, torch.float16)
-        f = logits.float() if half else logits
-        rows, items = batch.rows(), batch.items
-        x = torch.ones_like(items, dtype=f.dtype) if batch.values is None else batch.values.to(f.dtype)
-        at_x = f[rows, items]
-        if likelihood == "multinomial":
-            n = torch.zeros_like(f[:, 0]).index_add(0, rows, x)
-            largest = f.amax(1, keepdim=True)
-            f.sub_(largest).exp_()
-            sums = f.sum(1)
-            total = (n * (largest.squeeze(1) + sums.log())).sum() - x @ at_x
-            f.mul_((n / sums)[:, None])
-            correction = -x
-        elif likelihood == "logistic":
-            total = functional.softplus(f).sum() - x @ at_x
-            f.sigmoid_()
-            correction = -x
-        else:
-            residual = positive_weight * (at_x - x)
-            total = 0.5 * (f.square().sum() + residual @ (at_x - x) - at_x @ at_x)
-            correction = residual - at_x
-        f.index_put_((rows, items), correction, accumulate=True)
-        ctx.gradient = logits.copy_(f) if half else f
-        return total / len(logits)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.gradient is None:
-            raise RuntimeError("The likelihood's gradient was used up: call backward once for each training_step.")
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(scale / len(gradient)), None, None, None
 
 
 def _linear_layers(dims: Sequence[int]) -> nn.ModuleList:
