@@ -29,6 +29,7 @@ RECIPES = Path(recipes.__file__).parent
 DESCRIPTION = "Published methods as Lightning software. 'lit-methods recipes' lists what 'fit --config NAME' can run."
 SETUP_ERRORS = (ValueError, TypeError, ImportError, OSError, LookupError, AttributeError, MisconfigurationException)
 
+MAX_CONFIG_VALUES, MAX_CONFIG_DEPTH = 100_000, 50  # a recipe has some 100 values, ten levels deep
 LOADING = {"resume_start", "restore_model", "restore_datamodule", "restore_callbacks", "restore_training_state"}
 LOADING |= {"check_optimizers"}  # of ExactResume; the others are Lightning's
 
@@ -105,6 +106,13 @@ class LitMethodsCLI(LightningCLI):
                 raise
             fail(explain(str(error)))
 
+    def _set_seed(self) -> None:
+        """Seed the generators, or say what a seed may be."""
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            fail(f"seed_everything: {error}")
+
     def _parse_ckpt_path(self) -> None:
         """Leave the model as it is configured; Lightning lets the checkpoint's hyperparameters win over options."""
 
@@ -116,6 +124,8 @@ class LitMethodsCLI(LightningCLI):
             frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
             if "JSONARGPARSE_DEBUG" in os.environ:
                 raise
+            if self.datamodule is None and isinstance(error, MisconfigurationException) and "dataloader" in str(error):
+                fail(f"data is missing, and the model has none of its own: {error}")
             if "configure_optimizers" in frames and isinstance(error, SETUP_ERRORS):
                 fail(f"configure_optimizers: {error}")
             if frames & LOADING:
@@ -151,7 +161,34 @@ class _RecipeOrFile(ActionConfigFile):
             if not recipe.is_file():
                 fail(f"--config: no file and no packaged recipe {values!r}{_did_you_mean(values, recipe_headers())}")
             values = str(recipe)
+        _check_config(values)
         super().__call__(parser, cfg, values, option_string)
+
+
+def _check_config(path: str) -> None:
+    """Refuse a file whose parsing would end in a traceback, or not end."""
+    try:
+        document = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        size = _expanded_size(document, {}) if document is not None else 0
+    except yaml.YAMLError:
+        return  # jsonargparse says where
+    except UnicodeDecodeError:
+        fail(f"--config: {path} is not a text file in UTF-8")
+    except RecursionError:
+        fail(f"--config: {path} is nested too deeply, or contains itself")
+    if size > MAX_CONFIG_VALUES:
+        fail(f"--config: {path} must hold <= {MAX_CONFIG_VALUES} values with its aliases written out, got {size}")
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
+    """Number of values below a YAML node, each as often as it is referred to."""
+    if depth > MAX_CONFIG_DEPTH:
+        raise RecursionError
+    if id(node) not in known:
+        pairs: Any = node.value if isinstance(node, yaml.CollectionNode) else ()
+        nodes = chain.from_iterable(pairs) if isinstance(node, yaml.MappingNode) else pairs
+        known[id(node)] = 1 + sum(_expanded_size(child, known, depth + 1) for child in nodes)
+    return known[id(node)]
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:

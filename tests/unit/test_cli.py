@@ -1,7 +1,10 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from lit_methods.cli import RECIPES, main
 from tests.cli import run_here
@@ -77,6 +80,118 @@ def test_mistakes_in_a_config_file_end_in_one_clear_line(command, tmp_path, text
     assert len(err.strip().splitlines()) == 1
     for part in parts:
         assert part in err
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"model: \xe9\n", ["not a text file in UTF-8"]),
+        (bytes(range(256)) * 9, ["not a text file in UTF-8"]),
+        (b"", ["Unexpected config"]),
+        (b"- 1\n- 2\n", ["Unexpected config"]),
+        (b"model: " + b"[" * 5000 + b"]" * 5000, ["nested too deeply"]),
+        (b"model: &model\n  init_args: *model\n", ["contains itself"]),
+        (b"a: &a [x,x]\n" + b"".join(b"%c: &%c [*%c,*%c]\n" % (98 + i, 98 + i, 97 + i, 97 + i) for i in range(20)),
+         ["must hold <= 100000 values", "got"]),
+        (b"model: !!python/object/apply:os.system ['echo hi']\n", ["could not determine a constructor"]),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_configuration_end_in_one_line(command, tmp_path, content, parts) -> None:
+    (tmp_path / "bad.yaml").write_bytes(content)
+    status, _, err = command("fit", "--config", "bad.yaml")
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parts"),
+    [("seed_everything", -1, ["seed_everything", "-1"]), ("data", None, ["data is missing", "train_dataloader"])],
+)
+def test_a_bad_seed_and_missing_data_end_in_one_line(command, tmp_path, key, value, parts) -> None:
+    config = {**yaml.safe_load((RECIPES / "mfac/digits.yaml").read_text()), key: value}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+    status, _, err = command("fit", "--config", "bad.yaml")
+    last = err.strip().splitlines()[-1]
+    assert status == 2
+    assert last.startswith("lit-methods: error: ")
+    for part in parts:
+        assert part in last
+
+
+def _without(*path):
+    def change(checkpoint):
+        for key in path[:-1]:
+            checkpoint = checkpoint[key]
+        del checkpoint[path[-1]]
+
+    return change
+
+
+def _of_adam(checkpoint):
+    (p,) = params = [torch.nn.Parameter(torch.ones(2))]
+    adam = torch.optim.Adam(params)
+    p.square().sum().backward()
+    adam.step()
+    group = {
+        **adam.state_dict()["param_groups"][0],
+        "params": checkpoint["optimizer_states"][0]["param_groups"][0]["params"],
+    }
+    checkpoint["optimizer_states"] = [{"state": adam.state_dict()["state"], "param_groups": [group]}]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda c: c.update(state_dict={"weight": torch.ones(2)}), "Unexpected key(s) in state_dict"),
+        (_without("optimizer_states"), "contains only the model"),
+        (_without("loops", "fit_loop"), "KeyError: 'fit_loop'"),
+        (_of_adam, "holds the state of another optimizer than MFAC: ['amsgrad', 'betas'"),
+        (lambda c: c.update(optimizer_states=2 * c["optimizer_states"]), "the states of 2 optimizers"),
+        (lambda c: c["callbacks"]["ExactResume"].update(optimizers=["Adam"]), "with the optimizers ['Adam']"),
+        (lambda c: c["optimizer_states"][0]["state"]["mfac"].update(foreign=1), "MFAC, which does not know 'foreign'"),
+    ],
+)
+def test_bad_checkpoints_end_in_one_line(command, tmp_path, trained, change, reason) -> None:
+    checkpoint = torch.load(trained, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    status, _, err = command("fit", "--config=mfac/digits", "--trainer.max_epochs=2", "--ckpt_path=bad.ckpt")
+    last = err.strip().splitlines()[-1]
+    assert status == 2
+    assert last.startswith("lit-methods: error: bad.ckpt ")
+    assert reason in last
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "test"])
+@pytest.mark.parametrize(("name", "content"), [("text.ckpt", b"hello"), ("empty.ckpt", b""), ("nowhere.ckpt", None)])
+def test_files_that_are_no_checkpoint_end_in_one_line(command, tmp_path, subcommand, name, content) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    status, _, err = command(subcommand, "--config=mfac/digits", f"--ckpt_path={name}")
+    last = err.strip().splitlines()[-1]
+    assert status == 2
+    assert last.startswith("lit-methods: error: ")
+    assert name in last
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The last checkpoint of one epoch of mfac/digits."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(monkeypatch, folder, "fit", "--config=mfac/digits", *tiny)
+    return folder / "logs/mfac/digits/version_0/checkpoints/last.ckpt"
+
+
+def test_options_win_over_the_checkpoints_hyperparameters(command, trained) -> None:
+    """Lightning lets the checkpoint win, without a word."""
+    options = ("--model.optimizer=torch.optim.Adam", "--trainer.max_epochs=2", f"--ckpt_path={trained}")
+    status, _, err = command("fit", "--config=mfac/digits", *options)
+    assert status == 2
+    assert "was written with the optimizers ['MFAC'], the run has ['Adam']" in err.strip().splitlines()[-1]
 
 
 def test_missing_extra_is_named(command, tmp_path, monkeypatch) -> None:

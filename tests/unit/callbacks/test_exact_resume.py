@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
 from lit_methods.batches import SupervisedBatch
-from lit_methods.callbacks import ExactResume
+from lit_methods.callbacks import ExactResume, LastCheckpoint
 from lit_methods.datamodules import TensorDataModule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -174,6 +174,56 @@ def assert_same_end(resumed: Probe, whole: Probe) -> None:
         resumed.trainer.optimizers[0].state.values(), whole.trainer.optimizers[0].state.values(), strict=True
     ):
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+class Walk(IterableDataset):
+    """A stream that goes on across epochs, as environments and replay buffers do."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self):
+        for _ in range(BATCHES):
+            self.place += 1
+            yield SupervisedBatch(torch.full((2, 1), float(self.place)), torch.full((2,), self.place))
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state):
+        self.place = state["place"]
+
+
+class OwnLoader(Walk):
+    """A loader of somebody's own."""
+
+
+class WalkData(pl.LightningDataModule):
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own = own
+
+    def train_dataloader(self):
+        return OwnLoader() if self.own else StatefulDataLoader(Walk(), batch_size=None)
+
+    def val_dataloader(self):
+        return make_data().val_dataloader()
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("limit", [BATCHES, BATCHES - 1])
+def test_streams_go_on_after_a_checkpoint_of_an_epochs_end(tmp_path, own, limit):
+    checkpoint = Bookmark(tmp_path / "whole", save_on_train_epoch_end=True)
+    whole, log, _ = run(tmp_path, WalkData(own), checkpoint, limit_train_batches=limit)
+    rows = [event[4] for event in whole.events if event[0] == "step"]
+    assert len(set(rows)) == 3 * limit
+    for path, events_before in list(checkpoint.written.items())[:-1]:
+        resumed, resumed_log, _ = run(tmp_path, WalkData(own), resume=path, limit_train_batches=limit)
+        assert resumed.events == whole.events[events_before:]
+        assert_same_log(resumed_log, log, torch.load(path, weights_only=True))
 
 
 AT_EVERY_STEP = {"every_n_train_steps": 1}
@@ -428,3 +478,27 @@ def test_best_model_is_remembered_in_a_new_folder(tmp_path, files_exist):
     resumed = fit("new", 4, tmp_path / "old" / "last.ckpt")
     best = tmp_path / ("old/epoch=1.ckpt" if files_exist else "new/epoch=3.ckpt")
     assert resumed.best_model_path == str(best)
+
+
+def test_best_model_is_found_from_another_working_folder(tmp_path, monkeypatch):
+    """As with loggers whose ``save_dir`` is relative."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    rows = SupervisedBatch(torch.arange(8.0)[:, None], torch.arange(8))
+
+    def fit(epochs: int, ckpt_path: str | None = None) -> ModelCheckpoint:
+        best = ModelCheckpoint(filename="best", monitor="val_loss", mode="min")
+        best.dirpath = "checkpoints"  # relative, as a logger gives it
+        trainer = pl.Trainer(
+            **quiet, max_epochs=epochs, callbacks=[ExactResume(), best, LastCheckpoint()], use_distributed_sampler=False
+        )
+        trainer.fit(Scripted(), TensorDataModule(train=rows, val=rows, batch_size=4), ckpt_path=ckpt_path)
+        return best
+
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    assert fit(3).best_model_score == pytest.approx(0.1)
+    monkeypatch.chdir(tmp_path / "second")
+    resumed = fit(4, "../first/checkpoints/last.ckpt")
+    assert resumed.best_model_score == pytest.approx(0.1)
+    assert Path(resumed.best_model_path).samefile(tmp_path / "first/checkpoints/best.ckpt")
