@@ -199,6 +199,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         options: command line options that an unrecognised argument is compared with.
     """
     message = re.sub(r"NestedArg\(key='[^']*', val=(.*?)\)", r"\1", message)
+    lazy = r"No ([\w.]+) attribute (\w+)"  # lazy_loader's words for what follows
+    message = re.sub(lazy, r"module '\1' has no attribute '\2'", message)
     keys: list[str] = re.findall(r'Parser key "([^"]+)"', message)
     reasons = []
     for line in message.splitlines():

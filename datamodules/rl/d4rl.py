@@ -153,7 +153,8 @@ class D4RLDataModule(EnvironmentDataModule):
         arrays["rewards"] = self._rescale(arrays["rewards"], ends)
         for name in ("observations", "next_observations"):
             if name in arrays:
-                arrays[name] = np.asarray(arrays[name], np.float32)
+                single = arrays[name].ndim == 1  # observations of one number
+                arrays[name] = np.asarray(arrays[name][:, None] if single else arrays[name], np.float32)
         observations, actions = arrays["observations"], arrays["actions"]
         discrete = actions.dtype.kind in "iu" and actions.ndim == 1
         self._spaces = self._spaces_of(observations, actions, discrete)

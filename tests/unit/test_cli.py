@@ -39,6 +39,14 @@ def command(tmp_path, monkeypatch, capsys):
         (["--data=lit_methods.datamodule.DigitsDataModule"], ["'datamodule'", "'datamodules'"]),
         (["--model.optimizer=torch.optim.SDG"], ["model.optimizer", "'SDG'", "'SGD'"]),
         (["--model.optimizer=lit_methods.optim.MFACK"], ["'MFACK'", "'MFAC'"]),
+        (
+            ["--model.optimizer=lit_methods.optim.SSO", "--model.optimizer.init_args.inner_steps=3"],
+            ["inner_steps", "it is now steps of inner"],
+        ),
+        (
+            ["--model.optimizer=lit_methods.optim.CBO", "--model.optimizer.init_args.init_std=3"],
+            ["init_std", "it is now init.std"],
+        ),
         (["--model.optimizer.init_args.num_grad=3"], ["'num_grad'", "'num_grads'"]),
         (["--model.num_classes=1"], ["num_classes must be at least 2", "got 1"]),
         (["--model.optimizer.init_args.lr=-1"], ["configure_optimizers", "lr must be >= 0", "-1.0"]),

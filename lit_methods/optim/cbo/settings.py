@@ -118,7 +118,7 @@ def former_settings(init: Init) -> Init:
 
     @functools.wraps(init)
     def taking_former(self: Any, *args: Any, **kwargs: Any) -> None:
-        old = {name: kwargs.pop(name) for name in _FORMER if name in kwargs}
+        old = {name: kwargs.pop(name) for name in MOVED if name in kwargs}
         if old:
             new = _translated(old, kwargs.get("alpha", 50.0))
             text = ", ".join(f"{name}={value!r}" for name, value in new.items())
@@ -129,9 +129,14 @@ def former_settings(init: Init) -> Init:
     return taking_former  # type: ignore[return-value]
 
 
-_FORMER = (
-    "particle_batch_size", "update", "init_std", "init_around_current", "effective_sample_size", "alpha_growth"
-)  # fmt: skip
+MOVED = {
+    "particle_batch_size": "batches.size",
+    "update": "batches.update",
+    "init_std": "init.std",
+    "init_around_current": "init.around_current",
+    "effective_sample_size": "share of alpha (EffectiveSampleSize)",
+    "alpha_growth": "factor of alpha (Growing)",
+}
 
 
 def _translated(old: dict[str, Any], alpha: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from lit_methods.optim.cbo.closures import Evaluate, Particles, batched, needs_a
 from lit_methods.optim.cbo.consensus import alpha_for_sample_size, consensus_weights, weighted_mean
 from lit_methods.optim.cbo.layout import ParticleLayout
 from lit_methods.optim.cbo.ranks import ParticleRanks
-from lit_methods.optim.cbo.settings import divisor
+from lit_methods.optim.cbo.settings import MOVED, divisor
 from lit_methods.optim.foundation.closures import RepeatedClosure
 from lit_methods.optim.foundation.flat import by_column, by_parameter, is_dtensor, shards
 from lit_methods.optim.foundation.groups import check_nonnegative, check_own_state, check_real, check_shared
@@ -28,6 +28,7 @@ class ParticleOptimizer(Optimizer):
     The buffer is float32, or float64 where any parameter is. Parameters that do not require gradients are left alone.
     """
 
+    moved_arguments: ClassVar[dict[str, str]] = MOVED
     gradients_cleared = False
     state: dict[Any, Any]  # type: ignore[assignment]  # the swarm is no one parameter's: it has the key "swarm"
     _shared: tuple[str, ...] = ("num_particles", "num_runs", "alpha", "effective_sample_size", "alpha_growth")

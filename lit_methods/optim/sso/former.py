@@ -20,6 +20,8 @@ _RULE_FIELDS = {
     "armijo_c": "c", "armijo_decay": "decay", "armijo_grow": "grow", "eta_bounds": "bounds",
     "adagrad_bounds": "bounds", "newton_damping": "damping", "loss_fn": "loss_fn", "total_steps": "total_steps",
 }  # fmt: skip
+MOVED = {name: f"{field} of inner" for name, field in _SOLVER_FIELDS.items()}
+MOVED |= {name: f"{field} of rule" for name, field in _RULE_FIELDS.items()}
 _RULES = {
     "armijo": (rules.Armijo, {"armijo_c", "armijo_decay", "armijo_grow", "eta_bounds", "loss_fn"}),
     "adagrad_diag": (rules.AdaGradPerExample, {"adagrad_bounds"}),

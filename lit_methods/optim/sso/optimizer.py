@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from lit_methods.optim.foundation.groups import (
 )
 from lit_methods.optim.foundation.ranks import world_size
 from lit_methods.optim.sso.capture import CapturedCall, Circumstances, OutputCapture, reshard, unchanged_buffers
-from lit_methods.optim.sso.former import former_settings
+from lit_methods.optim.sso.former import MOVED, former_settings
 from lit_methods.optim.sso.rules import Armijo, Newton, StepRule, step_rule
 from lit_methods.optim.sso.solvers import InnerResult, InnerSolver, inner_solver
 from lit_methods.optim.sso.surrogate import Divergence, TargetSurrogate, kl_divergence
@@ -144,6 +144,7 @@ class SSO(Optimizer):
         TypeError: in :meth:`step`: a closure's result of another form, a captured output that is not a tensor.
     """
 
+    moved_arguments: ClassVar[dict[str, str]] = MOVED
     _step_supports_amp_scaling = True  # so that GradScaler announces itself and can be refused
     state: dict[Any, Any]  # type: ignore[assignment]  # η and the accumulators are no one parameter's: key "sso"
 

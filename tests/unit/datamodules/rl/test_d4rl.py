@@ -437,3 +437,12 @@ def test_scores_by_file_name_and_by_id(name, task):
     low, high = SCORES[task]
     dataset = name if "/" in name else f"folder/{name}.hdf5"
     assert float(D4RLDataModule(dataset).normalized_score(low + 0.7 * (high - low))) == pytest.approx(70)
+
+
+def test_observations_of_a_single_number(tmp_path):
+    arrays = recording() | {"observations": np.arange(13.0), "next_observations": np.arange(13.0) + 1}
+    save_transitions_hdf5(tmp_path / "x.hdf5", arrays)
+    data = D4RLDataModule(tmp_path / "x.hdf5", batch_size=5, next_observations="stored", normalize_observations=True)
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())).observations.shape == (5, 1)
+    assert data.spaces.observation_shape == (1,)
