@@ -31,12 +31,12 @@ def check_runs_through_the_cli(case: ModuleCase, folder: Path, monkeypatch: pyte
         run_here(monkeypatch, folder, command, "--config", config)
 
 
-def check_resumes_bit_exactly_in_new_processes(case: ModuleCase, folder: Path) -> None:
+def check_resumes_bit_exactly_in_new_processes(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case.prepare(folder)
     compare_resumed_runs(folder, _two_short_epochs(case))
 
 
-def check_resumes_beside_averages_of_weights(case: ModuleCase, folder: Path) -> None:
+def check_resumes_beside_averages_of_weights(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case.prepare(folder)
     compare_averaged_runs(folder, _two_short_epochs(case))
 
@@ -50,7 +50,7 @@ def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeyp
     assert_same(dict(rebuilt.state_dict()), dict(saved["state_dict"]), "rebuilt module")
 
 
-def check_loads_wider_weights_without_rounding(case: ModuleCase) -> None:
+def check_loads_wider_weights_without_rounding(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = case.make().double().state_dict()
     module = case.make()
     module.load_state_dict(saved)

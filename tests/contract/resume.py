@@ -55,11 +55,9 @@ def _do_in_processes(
 ) -> None:
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "name": ""}}
     trainer = {**config["trainer"], "log_every_n_steps": 1, "enable_progress_bar": False, "logger": logger}
-    trainer["callbacks"] = [
-        {"class_path": PROBES + "FirstEpochIsBest"},
-        *trainer["callbacks"],
-        {"class_path": PROBES + "SaveEverywhere", "init_args": {"dirpath": "."}},
-    ]
+    *callbacks, last = trainer["callbacks"]  # options for callbacks mean the last
+    probe = {"class_path": PROBES + "SaveEverywhere", "init_args": {"dirpath": "."}}
+    trainer["callbacks"] = [{"class_path": PROBES + "FirstEpochIsBest"}, *callbacks, probe, last]
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": trainer}))
     try:
         new_processes(_do_runs, 1, runs, folder, ["fit", "--config", "config.yaml", *(overrides or [])])
@@ -113,13 +111,10 @@ class _Runs(LitMethodsCLI):
             config = self.config.fit
             config.ckpt_path = ckpt_path and str(ckpt_path)
             config.trainer.logger.init_args.version = run
-            config.trainer.callbacks = [
-                c
-                for c in config.trainer.callbacks
-                if (name := c.class_path.rpartition(".")[2]) not in AVERAGES or name == average
-            ]
-            config.trainer.callbacks[-1].init_args.dirpath = run
-            config.trainer.callbacks[-1].init_args.kill_in_epoch = kill_in_epoch
+            callbacks = {callback.class_path.rpartition(".")[2]: callback for callback in config.trainer.callbacks}
+            config.trainer.callbacks = [c for name, c in callbacks.items() if name not in AVERAGES or name == average]
+            callbacks["SaveEverywhere"].init_args.dirpath = run
+            callbacks["SaveEverywhere"].init_args.kill_in_epoch = kill_in_epoch
             self._set_seed()
             self.instantiate_classes()
             super()._run_subcommand("fit")

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lit_methods.optim.foundation.groups import check_own_state
 from tests.contract import callback_checks, datamodule_checks, module_checks, optimizer_checks, test_contract
 from tests.contract.cases.kinds import CallbackCase, DataModuleCase, ModuleCase, OptimizerCase
 from tests.contract.layers import forbidden_imports
@@ -36,6 +37,10 @@ class SGD(torch.optim.Optimizer):
                 if p.grad is not None:
                     self.update(p, group["lr"])
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_own_state(self, state_dict, set())
+        super().load_state_dict(state_dict)
 
     def update(self, p: nn.Parameter, lr: float) -> None:
         if p.grad.is_sparse or p.is_complex():

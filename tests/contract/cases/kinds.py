@@ -69,11 +69,13 @@ class CallbackCase:
 class RecipeCase:
     """A tiny run of a small or slow recipe.
 
-    ``overrides`` leave it two epochs, so that it can be killed in the second; ``prepare`` fills a folder with its data.
+    ``overrides`` leave it two epochs, so that it can be killed in the second; ``callbacks`` are settings of callbacks by
+    the name of their class; ``prepare`` fills a folder with its data.
     """
 
     overrides: list[str]
     prepare: Callable[[Path], None] = lambda folder: None
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def class_config(class_path: str, **init_args: Any) -> dict[str, Any]:

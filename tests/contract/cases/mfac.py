@@ -71,9 +71,12 @@ RECIPES: dict[str, RecipeCase] = {
     "mfac/fashion_mnist": RecipeCase(
         [*TINY, "--data.data_dir=.", "--data.val_size=8", "--data.batch_size=8"], prepare=write_mnist
     ),
-    "mfac/prune_digits": RecipeCase(TINY),
+    "mfac/prune_digits": RecipeCase(
+        TINY, callbacks={"PruningCurve": {"sparsities": [0.5], "recomputations": [1], "num_grads": 16}}
+    ),
     "mfac/prune_fashion_mnist": RecipeCase(
-        [*TINY[1:], "--trainer.max_epochs=9", "--data.data_dir=.", "--data.val_size=8", "--data.batch_size=8"],
+        [*TINY, "--data.data_dir=.", "--data.val_size=8", "--data.batch_size=8"],
         prepare=write_mnist,
+        callbacks={"MFACPruning": {"schedule": {0: 0.5, 1: 0.75}, "num_grads": 16, "recomputations": 2}},
     ),
 }
