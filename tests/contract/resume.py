@@ -55,6 +55,13 @@ def _do_in_processes(
 ) -> None:
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "name": ""}}
     trainer = {**config["trainer"], "log_every_n_steps": 1, "enable_progress_bar": False, "logger": logger}
+    options = []
+    for option in overrides or []:  # one for the last callback, which will not be the last
+        if option.startswith("--trainer.callbacks."):
+            name, value = option.removeprefix("--trainer.callbacks.").split("=")
+            trainer["callbacks"][-1].setdefault("init_args", {})[name] = yaml.safe_load(value)
+        else:
+            options.append(option)
     trainer["callbacks"] = [
         {"class_path": PROBES + "FirstEpochIsBest"},
         *trainer["callbacks"],
@@ -62,7 +69,7 @@ def _do_in_processes(
     ]
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "trainer": trainer}))
     try:
-        new_processes(_do_runs, 1, runs, folder, ["fit", "--config", "config.yaml", *(overrides or [])])
+        new_processes(_do_runs, 1, runs, folder, ["fit", "--config", "config.yaml", *options])
     except Exception as error:
         raise AssertionError((folder / "output.txt").read_text()) from error
 
