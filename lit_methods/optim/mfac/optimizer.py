@@ -28,6 +28,11 @@ from lit_methods.optim.mfac.window import precondition
 
 __all__ = ["MFAC"]
 
+_STATE_NAMES = {
+    "history", "row_scale", "gram", "index", "count", "kept", "momentum_buffer", "inverse", "inverse_age",
+    "inverse_damping",
+}  # fmt: skip
+
 _HISTORY_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -286,7 +291,7 @@ class MFAC(Optimizer):
         Raises:
             ValueError: the saved window does not fit the parameters, or the state is another optimizer's.
         """
-        check_own_state(self, state_dict, {"history", "row_scale", "gram", "index", "count", "kept", "momentum_buffer"})
+        check_own_state(self, state_dict, _STATE_NAMES)
         # The base class casts what is keyed by parameter to the parameter's dtype: keep the window out of its hands.
         super().load_state_dict({**state_dict, "state": {}})
         self.defaults.update({key: self.param_groups[0][key] for key in _SHARED})
