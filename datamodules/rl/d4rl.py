@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,14 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import SequenceBatch, Spaces, TransitionBatch
 from lit_methods.datamodules.download import fetch
 from lit_methods.datamodules.reading import reading
 from lit_methods.datamodules.rl.d4rl_reference import dataset_url, reference_scores
-from lit_methods.datamodules.rl.environments import EnvironmentDataModule, gym, spaces_of
+from lit_methods.datamodules.rl.environments import EnvironmentDataModule, Stream, gym, spaces_of
 from lit_methods.datamodules.rl.recordings import Arrays, load_minari, load_transitions_hdf5
 from lit_methods.datamodules.rl.replay import PackedTransitions
 from lit_methods.datamodules.tensors import check_int
@@ -359,34 +357,28 @@ def split_episodes(arrays: Arrays) -> list[Arrays]:
     return episodes
 
 
-class _Draws(IterableDataset[TransitionBatch | SequenceBatch]):
-    """Batches with replacement; knows its place."""
+class _Draws(Stream):
+    """Batches with replacement."""
 
     def __init__(self, datamodule: D4RLDataModule, generator: torch.Generator) -> None:
         self.datamodule = datamodule
         self.generator = generator
-        self.place = self.start = 0
 
     def __len__(self) -> int:
         return self.datamodule.steps_per_epoch
 
-    def __iter__(self) -> Iterator[TransitionBatch | SequenceBatch]:
+    def draw(self, place: int) -> TransitionBatch | SequenceBatch:
         transitions, episodes = self.datamodule._transitions, self.datamodule._episodes
         number = len(episodes) if transitions is None else len(transitions)
-        self.place, self.start = self.start, 0
-        while self.place < len(self):
-            self.place += 1
-            rows = torch.randint(number, (self.datamodule.batch_size,), generator=self.generator)
-            if transitions is None:
-                yield _pad([episodes[i] for i in rows.tolist()])
-            else:
-                yield transitions.batch(rows, _NO_RETURNS, 0)
+        rows = torch.randint(number, (self.datamodule.batch_size,), generator=self.generator)
+        if transitions is None:
+            return _pad([episodes[i] for i in rows.tolist()])
+        return transitions.batch(rows, _NO_RETURNS, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"place": self.place, "generator": self.generator.get_state()}
+        return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.place = self.start = state_dict["place"] % len(self)
         self.generator.set_state(state_dict["generator"])
 
 

@@ -171,6 +171,41 @@ class Collector:
         self.envs.close()
 
 
+class Stream(IterableDataset[Any]):
+    """A stream of batches that goes on across epochs.
+
+    It has a length so that Lightning asks for a batch when it trains, not one ahead. Its state is the stream's; the
+    place in an epoch is the state of the iterator, so that an epoch may also end early.
+    """
+
+    def draw(self, place: int) -> Any:
+        """The next batch, number ``place`` of its epoch."""
+        raise NotImplementedError
+
+    def __iter__(self) -> "_Epoch":
+        return _Epoch(self)
+
+
+class _Epoch(Iterator[Any]):
+    """One epoch of a :class:`Stream`."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.place = 0
+
+    def __next__(self) -> Any:
+        if self.place == len(self.stream):
+            raise StopIteration
+        self.place += 1
+        return self.stream.draw(self.place - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.place = state_dict["place"]
+
+
 class EnvironmentDataModule(pl.LightningDataModule):
     """Evaluation episodes for validation and test, and what training data from environments shares.
 

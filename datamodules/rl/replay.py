@@ -1,18 +1,17 @@
 """Off-policy data: a replay buffer that grows while the policy trains on it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import TransitionBatch
-from lit_methods.datamodules.rl.environments import Collector, EnvFactory, EnvironmentDataModule
+from lit_methods.datamodules.rl.environments import Collector, EnvFactory, EnvironmentDataModule, Stream
 from lit_methods.datamodules.tensors import check_int
 
 
@@ -144,32 +143,27 @@ class PackedTransitions:
         )
 
 
-class _Replay(IterableDataset[TransitionBatch]):
-    """Its length makes Lightning fetch a batch when it trains, not one ahead."""
-
+class _Replay(Stream):
     def __init__(self, datamodule: ReplayDataModule, collector: Collector) -> None:
         self.datamodule = datamodule
         self.collector = collector
         spaces = datamodule.spaces
         self.buffer = PackedTransitions(spaces.observation_shape, len(spaces.low), datamodule.capacity)
         self.generator = torch.Generator().manual_seed(datamodule.seed + 7919 * datamodule._ranks()[0])
-        self.place = self.start = 0
 
     def __len__(self) -> int:
         return self.datamodule.updates_per_epoch
 
-    def __iter__(self) -> Iterator[TransitionBatch]:
+    def draw(self, place: int) -> TransitionBatch:
+        """Take the steps that are due, then draw a batch."""
         settings = self.datamodule
-        self.place, self.start = self.start, 0
-        while self.place < len(self):
-            while len(self.buffer) < min(settings.learning_starts, settings.capacity):
-                self._step(random=self.collector.steps < settings.learning_starts)
-            if self.place % settings.updates_per_step == 0:
-                for _ in range(settings.steps_per_update):
-                    self._step()
-            self.place += 1
-            indices = torch.randint(len(self.buffer), (settings.batch_size,), generator=self.generator)
-            yield self.buffer.batch(indices, self.collector.episode_returns(), self.collector.steps)
+        while len(self.buffer) < min(settings.learning_starts, settings.capacity):
+            self._step(random=self.collector.steps < settings.learning_starts)
+        if place % settings.updates_per_step == 0:
+            for _ in range(settings.steps_per_update):
+                self._step()
+        indices = torch.randint(len(self.buffer), (settings.batch_size,), generator=self.generator)
+        return self.buffer.batch(indices, self.collector.episode_returns(), self.collector.steps)
 
     def _step(self, random: bool = False) -> None:
         observations = torch.from_numpy(self.collector.observations)
@@ -185,19 +179,14 @@ class _Replay(IterableDataset[TransitionBatch]):
         self.buffer.add(torch.cat([observations, actions, *map(torch.from_numpy, columns)], 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """Place in the epoch, draws, environments, and the buffer if it is to be saved."""
-        state = {
-            "place": self.place,
-            "generator": self.generator.get_state(),
-            "collector": self.collector.state_dict(),
-        }
+        """Draws, environments, and the buffer if it is to be saved."""
+        state = {"generator": self.generator.get_state(), "collector": self.collector.state_dict()}
         if self.datamodule.save_buffer:
             state |= {"rows": self.buffer.rows[: len(self.buffer)].clone(), "total": self.buffer.total}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self.place = self.start = state_dict["place"] % len(self)
         self.generator.set_state(state_dict["generator"])
         self.collector.load_state_dict(state_dict["collector"])
         if "rows" in state_dict:

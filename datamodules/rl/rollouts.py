@@ -1,16 +1,14 @@
 """On-policy data: rollouts of the policy that is being trained."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import RolloutBatch
-from lit_methods.datamodules.rl.environments import Collector, EnvFactory, EnvironmentDataModule, gym
+from lit_methods.datamodules.rl.environments import Collector, EnvFactory, EnvironmentDataModule, Stream, gym
 from lit_methods.datamodules.tensors import check_int
 
 
@@ -75,24 +73,15 @@ class RolloutDataModule(EnvironmentDataModule):
         return StatefulDataLoader(_Rollouts(self, self._collector), batch_size=None)
 
 
-class _Rollouts(IterableDataset[RolloutBatch]):
-    """Its length makes Lightning collect when it trains, instead of one batch ahead with the policy of before."""
-
+class _Rollouts(Stream):
     def __init__(self, datamodule: RolloutDataModule, collector: Collector) -> None:
         self.datamodule = datamodule
         self.collector = collector
-        self.place = self.start = 0
 
     def __len__(self) -> int:
         return self.datamodule.iterations_per_epoch
 
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        self.place, self.start = self.start, 0
-        while self.place < len(self):
-            self.place += 1
-            yield self.collect()
-
-    def collect(self) -> RolloutBatch:
+    def draw(self, place: int) -> RolloutBatch:
         """One rollout."""
         collector, agent, steps = self.collector, self.datamodule._agent(), self.datamodule.rollout_steps
         shape = (steps, self.datamodule.num_envs)
@@ -121,10 +110,9 @@ class _Rollouts(IterableDataset[RolloutBatch]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Place in the epoch, and where the environments stand."""
-        return {"place": self.place, "collector": self.collector.state_dict()}
+        """Where the environments stand."""
+        return {"collector": self.collector.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self.place = self.start = state_dict["place"] % len(self)
         self.collector.load_state_dict(state_dict["collector"])

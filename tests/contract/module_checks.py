@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from tests.cli import run_here, run_new_process
 from tests.contract.cases.kinds import ModuleCase
 from tests.contract.compare import assert_same
-from tests.contract.resume import check_averages, check_resumes
+from tests.contract.resume import compare_averaged_runs, compare_resumed_runs
 
 STEPS = 3
 QUIET = {
@@ -33,12 +33,12 @@ def check_runs_through_the_cli(case: ModuleCase, folder: Path, monkeypatch: pyte
 
 def check_resumes_bit_exactly_in_new_processes(case: ModuleCase, folder: Path) -> None:
     case.prepare(folder)
-    check_resumes(folder, _two_short_epochs(case))
+    compare_resumed_runs(folder, _two_short_epochs(case))
 
 
 def check_resumes_beside_averages_of_weights(case: ModuleCase, folder: Path) -> None:
     case.prepare(folder)
-    check_averages(folder, _two_short_epochs(case))
+    compare_averaged_runs(folder, _two_short_epochs(case))
 
 
 def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def write_config(case: ModuleCase, folder: Path, **trainer: object) -> str:
 
 def _two_short_epochs(case: ModuleCase) -> dict[str, object]:
     callbacks = [{"class_path": f"lit_methods.callbacks.{name}"} for name in ("ExactResume", "LastCheckpoint")]
-    tiny = {"max_epochs": 2, "limit_train_batches": 4, "limit_val_batches": 1, "val_check_interval": 2}
+    tiny = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 1, "val_check_interval": 2}
     return {"seed_everything": 1, **case.config, "trainer": {**QUIET, **tiny, **case.trainer, "callbacks": callbacks}}
 
 

@@ -27,7 +27,7 @@ REFUSED = 3
 CLOCK = re.compile(r"/time/|_per_s/")  # metrics that no two runs share
 
 
-def check_resumes(folder: Path, config: dict[str, Any], overrides: list[str] | None = None) -> None:
+def compare_resumed_runs(folder: Path, config: dict[str, Any], overrides: list[str] | None = None) -> None:
     """Compare runs that resume with one that does not stop: weights, optimizers, generators, loaders and the log.
 
     Args:
@@ -40,7 +40,7 @@ def check_resumes(folder: Path, config: dict[str, Any], overrides: list[str] | N
         _assert_same_run(folder / f"from_{place}", folder / "whole", path)
 
 
-def check_averages(folder: Path, config: dict[str, Any]) -> None:
+def compare_averaged_runs(folder: Path, config: dict[str, Any]) -> None:
     """Resume from the end of the first epoch beside each of Lightning's callbacks that average weights."""
     averages = [{"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": a} for name, a in AVERAGES.items()]
     trainer = {**config["trainer"], "callbacks": [*config["trainer"]["callbacks"], *averages]}

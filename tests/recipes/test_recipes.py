@@ -7,7 +7,7 @@ import yaml
 
 from tests.contract.cases import RECIPES
 from tests.contract.pieces import ROOT, recipe_names
-from tests.contract.resume import check_resumes
+from tests.contract.resume import compare_resumed_runs
 from tests.recipes import recipe_checks as checks
 
 NAMES = recipe_names()
@@ -33,7 +33,7 @@ def test_recipe_runs_and_resumes(name: str, tmp_path: Path) -> None:
     for callback in config["trainer"]["callbacks"]:
         if callback["class_path"] == "lit_methods.callbacks.LastCheckpoint":
             callback.pop("init_args", None)  # every epoch; recipes choose longer intervals for epochs of a second
-    check_resumes(tmp_path, config, case.overrides)
+    compare_resumed_runs(tmp_path, config, case.overrides)
 
 
 def test_every_case_belongs_to_a_recipe() -> None:

@@ -10,6 +10,7 @@ import yaml
 from lit_methods.cli import LitMethodsCLI
 from tests.contract.pieces import ROOT, recipe_names
 
+NAMES = [name for name in recipe_names() if not name.startswith("nash_mp/paper_")]  # those fetch their model
 STRANGE = [
     -1, 0, 2**70, 1.5, float("nan"), float("inf"), True, None, "", "abc", "1e-3", "\x7f", "ä" * 50, "os.system",
     "lit_methods.nets.MLP", [], [1], [[]], ["a", None], {}, {"a": 1}, {"class_path": "torch.nn.Linear"},
@@ -52,7 +53,7 @@ def _places(node: Any) -> Any:
 
 def check(seed: int, tmp_path, monkeypatch, capsys) -> None:
     rng = random.Random(seed)
-    name = rng.choice(recipe_names())
+    name = rng.choice(NAMES)
     config = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
     what = f"seed {seed}: {name}, {mutate(config, rng)}"
     (tmp_path / "mutated.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))

@@ -16,10 +16,7 @@ MODULES: dict[str, ModuleCase] = {
         not_applicable={
             "check_compiles": "It has no forward.",
             "check_runs_through_the_cli": "A game has nothing to validate or test; its recipe runs fit.",
-            "check_resumes_bit_exactly_in_new_processes": (
-                "Without an optimizer there are no steps to count; tests/unit/games resumes it from its checkpoint."
-            ),
-            "check_checkpoint_rebuilds_the_module": "The same; tests/unit/games does it.",
+            "check_checkpoint_rebuilds_the_module": "max_steps never ends the run; tests/unit/games does it.",
             "check_ranks_stay_identical_under_ddp": "It has no trained parameters, which DDP requires.",
             "check_runs_finite_in_mixed_bfloat16": "It has no parameters; its iterates are float64 by design.",
             "check_logs_without_warnings": "Without optimizer steps max_steps never ends the run.",
