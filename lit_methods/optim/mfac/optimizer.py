@@ -28,11 +28,6 @@ from lit_methods.optim.mfac.window import precondition
 
 __all__ = ["MFAC"]
 
-_STATE_NAMES = {
-    "history", "row_scale", "gram", "index", "count", "kept", "momentum_buffer", "inverse", "inverse_age",
-    "inverse_damping",
-}  # fmt: skip
-
 _HISTORY_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -40,6 +35,8 @@ _HISTORY_DTYPES = {
     "float16": torch.float16,
 }
 _SHARED = ("num_grads", "damping", "window_scale", "solver")  # one Fisher for all groups
+_WINDOW = {"history", "row_scale", "gram", "index", "count", "kept", "momentum_buffer"}
+_WINDOW |= {"inverse", "inverse_age", "inverse_damping"}  # of solver="rank2"
 _COLUMNWISE = ("history", "momentum_buffer")  # state that runs over coordinates in its last dimension
 _STORAGE = ("_history_dtype", "_history_device", "_shard_history", "_save_history", "_exclude_zero_weights")
 
@@ -291,7 +288,7 @@ class MFAC(Optimizer):
         Raises:
             ValueError: the saved window does not fit the parameters, or the state is another optimizer's.
         """
-        check_own_state(self, state_dict, _STATE_NAMES)
+        check_own_state(self, state_dict, _WINDOW)
         # The base class casts what is keyed by parameter to the parameter's dtype: keep the window out of its hands.
         super().load_state_dict({**state_dict, "state": {}})
         self.defaults.update({key: self.param_groups[0][key] for key in _SHARED})

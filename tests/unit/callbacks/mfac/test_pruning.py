@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -500,3 +505,29 @@ def test_datamodule_of_this_package():
     ).fit(module, DigitsDataModule())  # fmt: skip
     assert int(weight_zeros(module).sum()) == round(0.9 * (64 * 16 + 160))
     assert math.isclose(pruner.sparsity, 0.9, abs_tol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        WeightAveraging(),
+        EMAWeightAveraging(decay=0.9),
+        StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    ],
+    ids=lambda average: type(average).__name__,
+)
+@pytest.mark.parametrize("pruning_first", [True, False])
+def test_averages_of_weights_are_pruned_too(tmp_path, average, pruning_first):
+    """In the weights that ``fit`` leaves, in those that are validated and in every checkpoint."""
+    average, module = copy.deepcopy(average), Module(torch.optim.SGD, lr=0.1)
+    pruning = small(schedule={1: 0.5, 2: 0.8})
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callbacks = [pruning, average] if pruning_first else [average, pruning]
+    fit(module, *callbacks, checkpoint, max_epochs=4, enable_checkpointing=True)
+    assert pruning.sparsity == pytest.approx(0.8, abs=0.01)
+    assert weight_zeros(module).float().mean() == pytest.approx(pruning.sparsity)
+    for epoch, sparsity in enumerate([0.0, 0.5, 0.8, 0.8]):
+        saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        again = Module()
+        again.load_state_dict(saved["state_dict"])
+        assert weight_zeros(again).float().mean() == pytest.approx(sparsity, abs=0.01)

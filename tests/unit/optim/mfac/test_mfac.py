@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -733,3 +734,18 @@ def test_cuda_agrees_with_cpu_without_host_synchronisation(variant):
             torch.cuda.set_sync_debug_mode("default")
     for p, q in zip(net.parameters(), device_net.parameters(), strict=True):
         torch.testing.assert_close(p, q.cpu(), rtol=1e-6, atol=1e-8)
+
+
+def test_says_once_that_it_skips():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MFAC([p], lr=0.1, num_grads=2, damping=0.1)
+    p.grad = torch.full((3,), math.nan)
+    with pytest.warns(RuntimeWarning, match="MFAC skips steps whose gradient is not finite"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    other = copy.deepcopy(optimizer)
+    other.param_groups[0]["params"][0].grad = p.grad.clone()
+    with pytest.warns(RuntimeWarning, match="MFAC skips"):
+        other.step()
