@@ -1,17 +1,18 @@
 """Online imitation: states that the learner or the expert visits in a gymnasium environment, labelled by the expert."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_methods.batches import ImitationBatch
-from lit_methods.datamodules.tensors import ShuffledSampler, TensorDataModule, TensorRows, check_int
+from lit_methods.datamodules.tensors import TensorDataModule, check_int
 
 Act = Callable[[Tensor], Tensor]
 
@@ -145,12 +146,8 @@ class ImitationDataModule(TensorDataModule):
         self.train_data = ImitationBatch(*state_dict["data"]) if state_dict["data"] else None
 
     def _episodes(self, purpose: int) -> StatefulDataLoader:
-        data, alive = self._rollout(self._learner, self.eval_episodes, None, _seed(self.seed, purpose, 0))
-        rows = TensorRows(ImitationBatch(*(tensor[alive] for tensor in data)))
-        self.batch_size, kept = len(rows), self.batch_size
-        loader = self._loader(rows, ShuffledSampler(rows, 1, 0, shuffle=False))  # the same episodes on every rank
-        self.batch_size = kept
-        return loader
+        generator = torch.Generator().manual_seed(self.seed)  # else each evaluation draws from the global generator
+        return StatefulDataLoader(_Episodes(self, purpose), batch_size=None, generator=generator)
 
     @torch.no_grad()
     def _learner(self, observations: Tensor) -> Tensor:
@@ -200,6 +197,23 @@ class ImitationDataModule(TensorDataModule):
         if not box or len(action.shape) != 1 or len(observation.shape) != 1 or not action.is_bounded():
             raise ValueError(f"Invalid env={self.env!r}: needs vectors of observations and bounded actions, {action}.")
         return envs
+
+
+class _Episodes(IterableDataset[ImitationBatch]):
+    """One batch: the learner's episodes, the same on every rank, played when they are asked for."""
+
+    def __init__(self, datamodule: ImitationDataModule, purpose: int) -> None:
+        self.datamodule = datamodule
+        self.purpose = purpose
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[ImitationBatch]:
+        settings = self.datamodule
+        seed = _seed(settings.seed, self.purpose, 0)
+        data, alive = settings._rollout(settings._learner, settings.eval_episodes, None, seed)
+        yield ImitationBatch(*(tensor[alive] for tensor in data))
 
 
 def _seed(seed: int, purpose: int, round_: int) -> int:

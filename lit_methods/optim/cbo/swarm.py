@@ -204,7 +204,11 @@ class ParticleOptimizer(Optimizer):
         if self.param_groups[0]["alpha_growth"] != 1:
             self._set_shared("alpha", self.param_groups[0]["alpha"] * self.param_groups[0]["alpha_growth"])
         self.layout.write(swarm["consensus"][swarm["leader"]])
-        return self._lowest if callable(losses_of) else loss
+        if callable(losses_of):
+            return self._lowest
+        for p in self.layout.params:
+            p.grad = None  # of the closure's backward passes, or they would look like accumulated ones in the next step
+        return loss
 
     def _advance(self, swarm: dict[str, Any], evaluate: Evaluate) -> None:
         """Move the particles and the consensus point."""

@@ -54,14 +54,7 @@ class OptimisticEnsemble(OnlineOptimizer):
         RuntimeError: in :meth:`step`, for sparse gradients.
     """
 
-    state_names = (
-        "x_hats",
-        "points",
-        "log_weights",
-        "expected",
-        "moved",
-        "surprise",
-    )
+    state_names = ("x_hats", "points", "prior", "log_weights", "expected", "moved", "surprise", "steps")
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from lit_methods.callbacks import (
     ConvergenceCurves,
     ConvergenceRates,
     ExactResume,
+    LastCheckpoint,
     LearningCurves,
     ResultTable,
 )
@@ -72,6 +73,20 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: ConvergenceCurves([]), "groups must name"),
             (lambda: ConvergenceCurves(["kl"], name="a/b"), "name must be"),
         ],
+    ),
+    "lit_methods.callbacks.LastCheckpoint": CallbackCase(
+        LastCheckpoint,
+        bad=[
+            (lambda: LastCheckpoint(every_n_epochs=0), "every_n_epochs must be"),
+            (lambda: LastCheckpoint(every_n_steps=0), "every_n_steps must be"),
+        ],
+        not_applicable={
+            "check_attaches_to_an_unrelated_module": (
+                "It refuses a second writer of last.ckpt, which the check has; "
+                "tests/unit/callbacks/test_checkpoints.py attaches it to unrelated modules."
+            ),
+            "check_state_survives_a_checkpoint": "It keeps nothing of its own: it counts from where a run begins.",
+        },
     ),
     "lit_methods.callbacks.LearningCurves": CallbackCase(
         LearningCurves,
