@@ -69,8 +69,8 @@ class CallbackCase:
 class RecipeCase:
     """A tiny run of a small or slow recipe.
 
-    ``overrides`` leave it two epochs, so that it can be killed in the second; ``callbacks`` holds settings of callbacks,
-    by class name; ``prepare`` fills a folder with its data.
+    ``overrides`` leave it two epochs, so that it can be killed in the second; ``callbacks`` holds settings of some of
+    its callbacks, by class name; ``prepare`` fills a folder with its data.
     """
 
     overrides: list[str]
