@@ -133,7 +133,7 @@ def replace(part: Path, target: Path) -> None:
 
     A folder cannot take another's place at one blow, a link can: it is renamed, and ``target`` becomes a link to it.
     """
-    previous = target.resolve()
+    previous = target.resolve() if target.exists() else None
     if part.is_dir():
         for path in part.rglob("*"):
             _sync(path)
@@ -152,7 +152,7 @@ def replace(part: Path, target: Path) -> None:
         _sync(part)
     os.replace(part, target)
     _sync(target.parent)
-    if previous.is_dir() and previous != target.resolve():
+    if previous is not None and previous.is_dir() and previous != target.resolve():
         shutil.rmtree(previous)
 
 

@@ -75,7 +75,7 @@ class ExactResume(Callback):
         self._final: list[dict[str, Any]] | None = None  # the state when training ended
         self._kinds: dict[str, Any] = {}  # precision and optimizers of the run that wrote the checkpoint
         self._buffers: dict[str, Tensor] = {}  # of the checkpoint, which may be wider than the Trainer's precision
-        self._optimizer_states: list[dict[str, Any]] = []
+        self._optimizers: tuple[list[str] | None, list[dict[str, Any]] | None] = None, None  # of the checkpoint
         self._means: dict[str, dict[str, Tensor]] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,13 +102,14 @@ class ExactResume(Callback):
         state = checkpoint["callbacks"].get(self.state_key)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if state is not None and state.get("precision") == trainer.precision:
-            # Callbacks that average weights put the average into "state_dict".
-            weights = checkpoint.get("current_model_state" if fitting else "", checkpoint["state_dict"])
+            # Callbacks that average weights put the average into "state_dict"; shards are not in the checkpoint.
+            average = checkpoint.get("state_dict", {})
+            weights = checkpoint.get("current_model_state", average) if fitting else average
             self._buffers = {name: weights[name] for name, _ in pl_module.named_buffers() if name in weights}
         if not fitting:
             return
         _keep_best_models(trainer, checkpoint)
-        self._optimizer_states = checkpoint.get("optimizer_states", [])
+        self._optimizers = (state or {}).get("optimizers"), checkpoint.get("optimizer_states")
         if state is None:
             rank_zero_warn("The checkpoint was written without ExactResume: the resumed run will differ.")
             return
@@ -125,8 +126,8 @@ class ExactResume(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse the states of other optimizers, and restore wide buffers."""
-        check_optimizers(trainer, self._kinds.get("optimizers"), self._optimizer_states)
-        self._optimizer_states = []
+        check_optimizers(trainer, *self._optimizers)
+        self._optimizers = None, None
         self._widen_buffers(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -342,13 +343,13 @@ def _load_between_epochs(loader: Any, state: dict[str, Any]) -> None:
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 
-def check_optimizers(trainer: Trainer, kinds: list[str] | None, states: list[dict[str, Any]]) -> None:
+def check_optimizers(trainer: Trainer, kinds: list[str] | None, states: list[dict[str, Any]] | None) -> None:
     """Refuse the states of other optimizers than the run's; Lightning and torch load what they can of them."""
-    if not states:
-        return
     now = [type(optimizer).__qualname__ for optimizer in trainer.optimizers]
     if kinds not in (None, now):
         raise ValueError(f"{trainer.ckpt_path} was written with the optimizers {kinds}, the run has {now}")
+    if states is None:
+        return
     if len(states) != len(now):
         raise ValueError(f"{trainer.ckpt_path} holds the states of {len(states)} optimizers, the run has {now}")
     for optimizer, state in zip(trainer.optimizers, states, strict=True):

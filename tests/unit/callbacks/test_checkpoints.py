@@ -88,9 +88,11 @@ def shards(folder: Path, content: str) -> Path:
     return folder
 
 
-def test_folders_of_shards_take_each_others_place_by_a_link(tmp_path: Path) -> None:
+@pytest.mark.parametrize("there_already", [False, True])
+def test_folders_of_shards_take_each_others_place_by_a_link(tmp_path: Path, there_already: bool) -> None:
     part, last = tmp_path / ".last.ckpt.part", tmp_path / "last.ckpt"
-    shards(last, "written by Lightning")
+    if there_already:
+        shards(last, "written by Lightning")
     for content in ("1", "2", "3"):
         replace(shards(part, content), last)
         assert last.is_symlink()
