@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn.utils import prune
 
 from lit_methods.callbacks.evaluation import evaluate_after_fit
 from lit_methods.callbacks.figures import output_dir, save_figure
@@ -17,7 +18,7 @@ class PruningCurve(Callback):
     """Prune the trained network to several sparsities, each time from the dense weights, and test without fine-tuning.
 
     When training ends, every sparsity is reached by :class:`~lit_methods.callbacks.MFACPruning` with each number of
-    recomputations and by global magnitude pruning (``torch.nn.utils.prune``, the same layers). After ``fit`` the test
+    recomputations and by global magnitude pruning (of the same layers). After ``fit`` the test
     loop runs once for each; the table is printed on rank zero and drawn as ``pruning_curve.png``. The module is left
     dense.
 
@@ -35,7 +36,8 @@ class PruningCurve(Callback):
         results: method -> sparsity -> metric; ``dense`` has sparsity 0.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range; when ``fit`` starts, a callback that averages weights and comes after this
+            one, so that it would not be its average that is pruned.
     """
 
     def __init__(
@@ -71,6 +73,12 @@ class PruningCurve(Callback):
             for s in sparsities
         }
         self._weights: dict[tuple[str, float], dict[str, Tensor]] = {}
+
+    def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Refuse callbacks that would put an average in the place of the weights after they were pruned."""
+        for callback in trainer.callbacks[trainer.callbacks.index(self) :]:
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise ValueError(f"PruningCurve must come after {type(callback).__name__}, whose average it prunes")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune, while there are training batches to take gradients of."""
@@ -131,12 +139,12 @@ def _copy(module: LightningModule) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
+@torch.no_grad()
 def _prune_by_magnitude(module: LightningModule, names: list[str], sparsity: float) -> dict[str, Tensor]:
-    places: list[tuple[Any, str]] = []
-    for name in names:
-        owner, _, tensor = name.rpartition(".")
-        places.append((module.get_submodule(owner), tensor))
-    prune.global_unstructured(places, prune.L1Unstructured, amount=sparsity)
-    for owner, tensor in places:
-        prune.remove(owner, tensor)
+    weights = [module.get_parameter(name) for name in names]
+    sizes = torch.cat([p.flatten().abs() for p in weights])
+    mask = torch.ones_like(sizes, dtype=torch.bool)
+    mask[sizes.topk(round(sparsity * len(sizes)), largest=False).indices] = False
+    for p, kept in zip(weights, mask.split([p.numel() for p in weights]), strict=True):
+        p.mul_(kept.view_as(p))
     return _copy(module)

@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -43,8 +48,8 @@ class UnrelatedModule(LightningModule):
     test_dataloader = train_dataloader
 
 
-def fit_unrelated_module(case: CallbackCase, folder: Path) -> Path:
-    """Fit two epochs with the callback; returns the last checkpoint."""
+def fit_unrelated_module(case: CallbackCase, folder: Path, *others: Callback) -> Path:
+    """Fit two epochs with the callback and others; returns the last checkpoint."""
     checkpoint = ModelCheckpoint(dirpath=folder, save_last=True)
     trainer = Trainer(
         max_epochs=2,
@@ -54,7 +59,7 @@ def fit_unrelated_module(case: CallbackCase, folder: Path) -> Path:
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[case.make(), checkpoint],
+        callbacks=[*others, case.make(), checkpoint],
     )
     trainer.fit(UnrelatedModule())
     return folder / "last.ckpt"
@@ -62,6 +67,21 @@ def fit_unrelated_module(case: CallbackCase, folder: Path) -> Path:
 
 def check_attaches_to_an_unrelated_module(case: CallbackCase, folder: Path) -> None:
     fit_unrelated_module(case, folder)
+
+
+def check_works_beside_averages_of_weights(case: CallbackCase, folder: Path) -> None:
+    if reason := case.not_applicable.get("check_attaches_to_an_unrelated_module"):
+        pytest.skip(reason)
+    averages = {
+        "plain": WeightAveraging(),
+        "ema": EMAWeightAveraging(decay=0.9),
+        "swa": StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    }
+    for name, average in averages.items():
+        saved = torch.load(fit_unrelated_module(case, folder / name, average), weights_only=True)
+        module = UnrelatedModule()
+        module.load_state_dict(saved["state_dict"])
+        assert all(p.isfinite().all() for p in module.parameters())
 
 
 def check_state_survives_a_checkpoint(case: CallbackCase, folder: Path) -> None:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.nn.utils import prune
 
 from lit_methods.callbacks import PruningCurve
@@ -57,3 +58,30 @@ def test_empty_lists_are_refused() -> None:
         PruningCurve("test/accuracy", sparsities=[], recomputations=[1])
     with pytest.raises(ValueError, match="target_sparsity must"):
         PruningCurve("test/accuracy", sparsities=[1.0], recomputations=[1])
+
+
+@pytest.mark.parametrize("curve_first", [True, False])
+def test_beside_an_average_of_weights(tmp_path, curve_first) -> None:
+    """It prunes the average and leaves it, in the module and in the callback that keeps it; or it is refused."""
+    torch.manual_seed(0)
+    module = SupervisedModule(MLP(64, [8], 10), num_classes=10)
+    curve = PruningCurve("test/accuracy", sparsities=[0.5], recomputations=[1], num_grads=8)
+    average = EMAWeightAveraging(decay=0.9)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(
+        **quiet,
+        max_epochs=1,
+        callbacks=[curve, average] if curve_first else [average, curve],
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    if curve_first:
+        with pytest.raises(ValueError, match="PruningCurve must come after EMAWeightAveraging"):
+            trainer.fit(module, DigitsDataModule())
+        return
+    trainer.fit(module, DigitsDataModule())
+    kept = dict(average._average_model.module.named_parameters())
+    for name, p in module.named_parameters():
+        assert torch.equal(p, kept[name])
+        assert (p != 0).all()
