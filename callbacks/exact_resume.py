@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchmetrics import Metric, MetricCollection
 
+from lit_methods.optim.foundation.ranks import gather_objects
 from lit_methods.precision import convert_to_precision
 
 # Where in an epoch a checkpoint was written, as far as what is still to be done there depends on it.
@@ -93,7 +93,7 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather the state of every rank into the checkpoint."""
-        self._ranks = self._final or _gather(_capture(trainer, pl_module))
+        self._ranks = self._final or gather_objects(_capture(trainer, pl_module))
         self._kinds = {"precision": trainer.precision, "optimizers": [type(o).__qualname__ for o in trainer.optimizers]}
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -173,7 +173,7 @@ class ExactResume(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state for ``save_checkpoint`` after ``fit``: the loaders are about to be reset."""
-        self._final = _gather(_capture(trainer, pl_module))
+        self._final = gather_objects(_capture(trainer, pl_module))
 
 
 def _capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -190,14 +190,6 @@ def _capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
             if mean.is_tensor and mean.meta.on_epoch and not mean.has_reset
         },
     }
-
-
-def _gather(state: Any) -> list[Any]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    return states
 
 
 def _capture_rng(device: torch.device) -> dict[str, Any]:
@@ -410,7 +402,7 @@ def _check_loaders(trainer: Trainer) -> None:
 
 def _check_lengths(trainer: Trainer) -> None:
     """Refuse ranks of unequal length: the longer ones would wait for the others' gradients for ever."""
-    lengths = _gather(trainer.num_training_batches)
+    lengths = gather_objects(trainer.num_training_batches)
     if len(set(lengths)) > 1:
         raise ValueError(
             f"the training loaders must have equally many batches on every rank, got {lengths}: use torchdata's "

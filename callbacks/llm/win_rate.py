@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+
+from lit_methods.optim.foundation.ranks import gather_objects
 
 
 class WinRate(Callback):
@@ -120,10 +121,7 @@ class WinRate(Callback):
             module.policy = own
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        records: list[dict[str, list[tuple[int, float, float]]]] = [self._records]
-        if trainer.world_size > 1:
-            records = [{} for _ in range(trainer.world_size)]
-            dist.all_gather_object(records, self._records)
+        records: list[dict[str, list[tuple[int, float, float]]]] = gather_objects(self._records)
         means = {}
         for name in self._records:
             # samplers repeat prompts to make ranks even: one record per prompt

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lit_methods.batches import RolloutBatch, Spaces
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.optim import MDPO, MDPOStepSize
+from lit_methods.optim.foundation.ranks import gather_objects, rank
 from lit_methods.rl.mdpo.agent import Agent, check_fraction, held
 from lit_methods.rl.networks import RunningMoments, all_reduce_sum
 
@@ -196,14 +196,13 @@ class OnPolicyMDPO(Agent):
         """Keep every rank's running discounted returns."""
         super().on_save_checkpoint(checkpoint)
         if self._discounted is not None:
-            checkpoint["discounted_returns"] = _gather_ranks(self._discounted)
+            checkpoint["discounted_returns"] = gather_objects(self._discounted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take this rank's running discounted returns."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("discounted_returns")
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._discounted = saved[rank] if saved is not None and rank < len(saved) else None
+        self._discounted = saved[rank()] if saved is not None and rank() < len(saved) else None
 
     def _normalize(self, observations: Tensor) -> Tensor:
         return self.observation_moments.normalize(observations) if self.normalize_observations else observations
@@ -304,11 +303,3 @@ def generalized_advantages(
     for t in range(len(deltas) - 1, -1, -1):
         deltas[t] = advantage = deltas[t] + goes_on[t] * advantage
     return torch.from_numpy(deltas).to(rewards.device)
-
-
-def _gather_ranks(x: Tensor) -> list[Tensor]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [x]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, x)
-    return parts
