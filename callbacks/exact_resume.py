@@ -158,7 +158,7 @@ class ExactResume(Callback):
         if state is not None and "rng" in state:
             _restore_metrics(pl_module, state["metrics"], within_epoch)
             self._means = state["means"] if within_epoch else {}
-            _restore_rng(state["rng"], trainer.strategy.root_device)
+            restore_rng(state["rng"], trainer.strategy.root_device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Add the running means of the epoch before the checkpoint; Lightning makes theirs at the first ``log``."""
@@ -180,7 +180,7 @@ def _capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Return this rank's state as tensors on the CPU and plain data, which ``weights_only=True`` loads."""
     results = trainer.fit_loop.epoch_loop._results
     return {
-        "rng": _capture_rng(trainer.strategy.root_device),
+        "rng": capture_rng(trainer.strategy.root_device),
         "loaders": [loader.state_dict() for loader in _train_loaders(trainer) if hasattr(loader, "state_dict")],
         "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
         "metrics": _capture_metrics(pl_module, {id(r.value) for r in results.values() if not r.is_tensor}),
@@ -192,7 +192,8 @@ def _capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     }
 
 
-def _capture_rng(device: torch.device) -> dict[str, Any]:
+def capture_rng(device: torch.device) -> dict[str, Any]:
+    """States of the global generators of Python, NumPy, torch and ``device``, as what ``weights_only`` loads."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     assert (version, name) == (3, "MT19937")
@@ -208,7 +209,8 @@ def _capture_rng(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _restore_rng(state: dict[str, Any], device: torch.device) -> None:
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to what :func:`capture_rng` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate((3, tuple(state["python"].tolist()), state["python_gauss"]))
     np.random.set_state(("MT19937", state["numpy"].numpy(), *state["numpy_place"]))  # noqa: NPY002

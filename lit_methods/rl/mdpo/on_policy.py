@@ -161,7 +161,9 @@ class OnPolicyMDPO(Agent):
             rewards, values, next_values, terminations, truncations, self.gamma, self.gae_lambda
         )
         returns = (advantages + values).flatten()
-        metrics = self._update_policy(observations, batch, standardized(advantages) if self.normalize_advantages else advantages)
+        if self.normalize_advantages:
+            advantages = standardized(advantages)
+        metrics = self._update_policy(observations, batch, advantages)
         metrics["value_loss"] = self._update_critic(observations.flatten(0, 1), values.flatten(), returns)
         for scheduler in self._schedulers():
             scheduler.step()
