@@ -4,6 +4,7 @@ from .checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
 from .checkpoints import LastCheckpoint as LastCheckpoint
 from .convergence_curves import ConvergenceCurves as ConvergenceCurves
 from .convergence_rates import ConvergenceRates as ConvergenceRates
+from .diffusion import ConsistencySchedule as ConsistencySchedule
 from .diffusion import RestorationGrid as RestorationGrid
 from .diffusion import SampleGrid as SampleGrid
 from .diffusion import SampleQuality as SampleQuality

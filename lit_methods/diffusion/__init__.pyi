@@ -4,6 +4,7 @@ from .conditioning import Vectors as Vectors
 from .denoiser import Denoiser as Denoiser
 from .diffusion import Diffusion as Diffusion
 from .diffusion import denoising_loss as denoising_loss
+from .flow_map import FlowMap as FlowMap
 from .grids import Grid as Grid
 from .grids import KarrasGrid as KarrasGrid
 from .grids import LambdaGrid as LambdaGrid
@@ -15,6 +16,11 @@ from .guidance import Guidance as Guidance
 from .guidance import LossGuidance as LossGuidance
 from .likelihood import bits_per_dim as bits_per_dim
 from .likelihood import nll as nll
+from .objectives import CTM as CTM
+from .objectives import SCM as SCM
+from .objectives import Consistency as Consistency
+from .objectives import MeanFlow as MeanFlow
+from .objectives import Objective as Objective
 from .predictions import convert as convert
 from .processes import EDM as EDM
 from .processes import VE as VE
