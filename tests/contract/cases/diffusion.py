@@ -2,7 +2,14 @@
 
 import torch
 
-from lit_methods.callbacks import ConsistencySchedule, RestorationGrid, SampleGrid, SampleQuality, SubmoduleEMA
+from lit_methods.callbacks import (
+    ConsistencySchedule,
+    LikelihoodEvaluation,
+    RestorationGrid,
+    SampleGrid,
+    SampleQuality,
+    SubmoduleEMA,
+)
 from lit_methods.datamodules import Mixture2DDataModule
 from lit_methods.diffusion import (
     CTM,
@@ -18,7 +25,16 @@ from lit_methods.diffusion import (
     TimeMLP,
 )
 from lit_methods.metrics import NearestDistance, SlicedWasserstein
-from tests.contract.cases.kinds import ADAM, LOADER_ARGUMENTS, CallbackCase, DataModuleCase, ModuleCase, class_config
+from tests.contract.cases.kinds import (
+    ADAM,
+    LOADER_ARGUMENTS,
+    TINY,
+    CallbackCase,
+    DataModuleCase,
+    ModuleCase,
+    RecipeCase,
+    class_config,
+)
 
 _NET = class_config("lit_methods.diffusion.TimeMLP", shape=[1, 8, 8], width=16, num_classes=10)
 _LABELS = class_config("lit_methods.diffusion.Labels", num_classes=10)
@@ -105,6 +121,17 @@ CALLBACKS: dict[str, CallbackCase] = {
             "check_state_survives_a_checkpoint": _KEEPS_NOTHING,
         },
     ),
+    "lit_methods.callbacks.LikelihoodEvaluation": CallbackCase(
+        LikelihoodEvaluation,
+        bad=[
+            (lambda: LikelihoodEvaluation(steps=0), "steps must be"),
+            (lambda: LikelihoodEvaluation(probes=0), "probes must be"),
+            (lambda: LikelihoodEvaluation(levels=1), "levels must be"),
+            (lambda: LikelihoodEvaluation(value_range=(1.0, 0.0)), "value_range must be"),
+            (lambda: LikelihoodEvaluation(seed=-1), "seed must be"),
+        ],
+        not_applicable={"check_state_survives_a_checkpoint": _KEEPS_NOTHING},
+    ),
     "lit_methods.callbacks.RestorationGrid": CallbackCase(
         RestorationGrid,
         bad=[
@@ -168,5 +195,21 @@ DATAMODULES: dict[str, DataModuleCase] = {
             ({"train_size": 0}, "train_size=0: must be"),
             ({"test_size": -1}, "test_size=-1: must be"),
         ],
+    ),
+}
+
+
+_ONE_JUMP = {"SampleQuality": {"variants": {"one": {"steps": 1}}}}
+_OFTEN = [*TINY, "--trainer.check_val_every_n_epoch=1"]
+
+RECIPES: dict[str, RecipeCase] = {
+    "diffusion_principles/digits_consistency": RecipeCase(_OFTEN, callbacks=_ONE_JUMP),
+    "diffusion_principles/digits_flow": RecipeCase(
+        _OFTEN, callbacks={"SampleQuality": {"variants": {"one": {"steps": 2}}}, "RestorationGrid": {"steps": 2}}
+    ),
+    "diffusion_principles/digits_meanflow": RecipeCase(_OFTEN, callbacks=_ONE_JUMP),
+    "diffusion_principles/mixture2d": RecipeCase(
+        [*_OFTEN, "--data.train_size=512", "--data.test_size=32", "--model.sampling.steps=2"],
+        callbacks={"LikelihoodEvaluation": {"steps": 2}},
     ),
 }

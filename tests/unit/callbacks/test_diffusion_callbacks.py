@@ -6,10 +6,10 @@ from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 
 from lit_methods.batches import SupervisedBatch
-from lit_methods.callbacks import RestorationGrid, SampleGrid, SampleQuality
+from lit_methods.callbacks import LikelihoodEvaluation, RestorationGrid, SampleGrid, SampleQuality
 from lit_methods.callbacks.diffusion.sample_grid import draw_samples
 from lit_methods.datamodules import TensorDataModule
-from lit_methods.diffusion import Diffusion, Labels, Sampling, TimeMLP
+from lit_methods.diffusion import Diffusion, Labels, Sampling, TimeMLP, nll
 from lit_methods.metrics import ClassifierConfidence, NearestDistance, SlicedWasserstein
 
 
@@ -92,3 +92,15 @@ def test_restored_images_fit_what_was_seen_better_than_free_ones(tmp_path: Path)
     for task in ("inpainting", "super-resolution"):
         assert restore.errors[task] < 0.7 * restore.errors[f"{task} without guidance"]
     assert (tmp_path / "restoration.png").stat().st_size > 1000
+
+
+def test_likelihood_of_test_data_is_logged_as_it_is_outside(tmp_path: Path) -> None:
+    module, data = model(), images()
+    run = trainer(tmp_path, LikelihoodEvaluation(steps=4, probes=None))
+    (logged,) = run.test(module, data, verbose=False)
+    x, y = data.test_data
+    assert logged["test/nll"] == pytest.approx(float(nll(module.denoiser, x, y, steps=4, probes=None).mean()), rel=1e-4)
+    run = trainer(tmp_path, LikelihoodEvaluation(steps=4, levels=17))
+    (logged,) = run.test(module, data, verbose=False)
+    expected = logged["test/nll"] / (16 * torch.tensor(2.0).log()) + 3
+    assert logged["test/bits_per_dim"] == pytest.approx(float(expected), rel=1e-4)
