@@ -2,6 +2,12 @@ from .conditioning import Conditioning as Conditioning
 from .conditioning import Labels as Labels
 from .conditioning import Vectors as Vectors
 from .denoiser import Denoiser as Denoiser
+from .diffusers_models import DiscreteVP as DiscreteVP
+from .diffusers_models import DiT as DiT
+from .diffusers_models import UNet2D as UNet2D
+from .diffusers_models import from_diffusers as from_diffusers
+from .diffusers_models import to_pipeline as to_pipeline
+from .diffusers_models import to_scheduler as to_scheduler
 from .diffusion import Diffusion as Diffusion
 from .diffusion import denoising_loss as denoising_loss
 from .flow_map import FlowMap as FlowMap
