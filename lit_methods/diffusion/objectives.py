@@ -300,12 +300,14 @@ class SCM(Objective):
 class CTM(Objective):
     """Jumps from any time to any earlier one (arXiv 2310.02279): ``G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)``.
 
-    A jump from ``t`` to ``s`` should end where a step of the teacher to ``u`` in ``[s, t)`` and a jump from there end,
-    compared after jumping on to the data; besides, ``g(x, t, t)`` is a denoiser. Without a teacher that denoiser is the
-    teacher.
+    A jump from ``t`` to ``s`` should end where a step of the teacher to a near ``u`` in ``[s, t)`` and a jump from
+    there end, compared after jumping on to the data; besides, ``g(x, t, t)`` is a denoiser. Without a teacher that denoiser
+    is the teacher: in 2000 steps on Gaussian data this found the mean but not yet the spread of the data, so choose
+    another objective where there is no teacher.
 
     Args:
-        t: distribution of ``t``.
+        t: distribution of ``t``; it must reach the noise that samples start from, unlike that of a denoiser.
+        ratio: largest ``t / u`` of the teacher's step, > 1; one long step would end near the mean of the data.
         denoising: weight of the denoising loss, > 0.
         guidance: scale of the teacher's classifier-free guidance; 1: none.
 
@@ -313,7 +315,8 @@ class CTM(Objective):
         ValueError: an argument out of range.
     """
 
-    t: TimeSampler = field(default_factory=lambda: LognormalSigma(-1.2, 1.2))
+    t: TimeSampler = field(default_factory=lambda: LognormalSigma(0.0, 2.0))
+    ratio: float = 1.3
     denoising: float = 1.0
     guidance: float = 1.0
 
@@ -322,6 +325,8 @@ class CTM(Objective):
     two_times: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not self.ratio > 1:
+            raise ValueError(f"ratio must be > 1, got {self.ratio}")
         if not self.denoising > 0:
             raise ValueError(f"denoising must be > 0, got {self.denoising}")
 
@@ -336,7 +341,7 @@ class CTM(Objective):
         low = torch.rand(len(x0), generator=generator, device=x0.device, dtype=t.dtype)
         middle = torch.rand(len(x0), generator=generator, device=x0.device, dtype=t.dtype)
         s = path.t_min + (t - path.t_min) * low
-        u = s + (t - s) * middle
+        u = torch.maximum(s, t * self.ratio**-middle)
         eps = draw_noise(x0.shape, generator, x0.device, x0.dtype)
         x = path.add_noise(x0, eps, t)
         end = torch.full_like(t, path.t_min)

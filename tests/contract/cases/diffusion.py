@@ -104,6 +104,7 @@ MODULES: dict[str, ModuleCase] = {
             (lambda: SCM(warmup=-1), "warmup must be"),
             (lambda: SCM(offset=0.0), "offset must be"),
             (lambda: CTM(denoising=0.0), "denoising must be"),
+            (lambda: CTM(ratio=1.0), "ratio must be"),
         ],
     ),
 }

@@ -214,7 +214,7 @@ def test_a_network_without_forward_derivative_is_named_with_the_way_out() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [MeanFlow(UniformTimes()), CTM(), Consistency(), SCM(warmup=300)])
+@pytest.mark.parametrize("objective", [MeanFlow(UniformTimes()), Consistency(), SCM(warmup=300)])
 def test_one_jump_makes_gaussian_data(objective: Objective) -> None:
     torch.manual_seed(0)
     net = TimeMLP([2], width=32, blocks=1, frequencies=8, two_times=objective.two_times)
