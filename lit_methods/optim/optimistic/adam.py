@@ -21,8 +21,9 @@ class OptimisticAdam(OnlineOptimizer):
     :math:`u_t = \hat m_t / (\sqrt{\hat v_t} + \epsilon)` is Adam's direction, :math:`u_0 = 0`. Put all players of a
     game into one optimizer (``maximize`` in the groups of those who ascend) and step once on their joint gradient.
 
-    State: 12 bytes a parameter. No host synchronisation. DTensor parameters are used shard by shard. ``lr = 0`` pauses
-    a group.
+    State: 12 bytes a parameter. DTensor parameters are used shard by shard. ``lr = 0`` pauses a group. A step
+    synchronises once with the host, to see whether the gradients are finite: if not, it changes nothing, and the first
+    such step warns.
 
     Args:
         params: parameters, named parameters or groups.
