@@ -54,8 +54,8 @@ class PreferenceGame(L.LightningModule):
         self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters()
         self.automatic_optimization = False
-        if not beta > 0:
-            raise ValueError(f"beta={beta} must be positive")
+        if not 0 < beta < float("inf"):
+            raise ValueError(f"beta must be > 0 and finite, got {beta}")
         self.beta = beta
         self.eta = 2.0 * beta if eta is None else eta
         if not self.eta > 0:

@@ -64,8 +64,8 @@ class HTTPJudge:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url must start with http:// or https://, got {url!r}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be positive, got {timeout}")
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout must be > 0 and finite, got {timeout}")
         for name, value, low in (
             ("retries", retries, 0), ("backoff", backoff, 0), ("cache_size", cache_size, 0),
             ("batch_size", batch_size, 1), ("concurrency", concurrency, 1),

@@ -135,8 +135,8 @@ class ScoreJudge:
     """
 
     def __init__(self, score: Callable[[Prompt, str], float], scale: float = 1.0) -> None:
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be > 0 and finite, got {scale}")
         self.score = score
         self.scale = scale
 
@@ -169,8 +169,8 @@ class RewardModelJudge:
         max_length: int | None = 2048,
         device: str | None = None,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
         self.model, self.tokenizer = _load_judge(model, tokenizer, device)
         if self.model.config.num_labels != 1:
             raise ValueError(

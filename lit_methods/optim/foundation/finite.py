@@ -25,10 +25,10 @@ def gradients_are_finite(params: Sequence[Any]) -> bool:
     return bool(sum_over_shards(torch._foreach_norm(grads, 2, dtype), params).isfinite())
 
 
-def warn_of_skipped_step(optimizer: Optimizer) -> None:
+def warn_of_skipped_step(optimizer: Optimizer, reason: str = "the loss or its gradient is not finite") -> None:
     """Say, once for every optimizer, that it skips steps."""
     if getattr(optimizer, "_has_warned_of_skips", False):
         return
     optimizer._has_warned_of_skips = True  # type: ignore[attr-defined]
     name = type(optimizer).__name__
-    warnings.warn(f"{name} skips steps whose loss or gradient is not finite; this is said once", RuntimeWarning)
+    warnings.warn(f"{name} skipped a step: {reason}; it will skip others like it without saying so", RuntimeWarning)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lit_methods.optim.foundation.groups import check_positive
 from lit_methods.optim.mfac.window import full_precision_products
 
 __all__ = ["FisherInverse", "collect_gradients"]
@@ -66,8 +67,7 @@ class FisherInverse:
         """
         if grads.dim() != 2 or not grads.is_floating_point() or grads.numel() == 0:
             raise ValueError(f"grads must be a floating point (m, d) matrix, got {grads.dtype} {tuple(grads.shape)}")
-        if not damping > 0:
-            raise ValueError(f"damping must be > 0, got {damping}")
+        check_positive(damping=damping)
         if block_size is not None and block_size < 1:
             raise ValueError(f"block_size must be >= 1, or None for the full matrix, got {block_size}")
         if chunk_size is not None and chunk_size < 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Constraint, apply_constraint
-from lit_methods.optim.foundation.groups import check_positive
+from lit_methods.optim.foundation.groups import check_nonnegative, check_positive
 from lit_methods.optim.optimistic.base import (
     OnlineOptimizer,
     check_constraint,
@@ -88,11 +88,7 @@ class OptimisticEnsemble(OnlineOptimizer):
             raise ValueError(f"meta must be 'greedy' or 'lazy', got {meta!r}")
         if step_sizes is None:
             step_sizes = self.step_pool(diameter, grad_bound, smoothness, horizon)
-        if not step_sizes or not all(0 < eta < float("inf") for eta in step_sizes):
-            raise ValueError(f"step_sizes must hold at least one number, all > 0 and finite, got {step_sizes}")
         stability = 2 * smoothness if stability is None else stability
-        if not 0 <= stability < float("inf"):
-            raise ValueError(f"stability must be >= 0 and finite, got {stability}")
         check_constraint(constraint)
         self._constraint = constraint
         self._meta = meta
@@ -126,8 +122,10 @@ class OptimisticEnsemble(OnlineOptimizer):
         return {**super().__getstate__(), "_constraint": self._constraint, "_meta": self._meta}
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if not 0 <= group["weight_decay"] < float("inf"):
-            raise ValueError(f"weight_decay must be >= 0 and finite, got {group['weight_decay']}")
+        check_nonnegative(weight_decay=group["weight_decay"], stability=group["stability"])
+        step_sizes = group["step_sizes"]
+        if not step_sizes or not all(0 < eta < float("inf") for eta in step_sizes):
+            raise ValueError(f"step_sizes must hold at least one number, all > 0 and finite, got {step_sizes}")
         if self._constraint is not None and not any(p.is_meta for p in group["params"]):
             with torch.no_grad():
                 points = [p.to(state_dtype(p)) for p in group["params"]]

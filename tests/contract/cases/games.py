@@ -9,6 +9,7 @@ _ROCK_PAPER_SCISSORS = [[0.5, 0.9, 0.1], [0.1, 0.5, 0.9], [0.9, 0.1, 0.5]]
 
 MODULES: dict[str, ModuleCase] = {
     "lit_methods.games.PreferenceGame": ModuleCase(
+        may_be_infinite=frozenset({"eta"}),
         config={"model": class_config("lit_methods.games.PreferenceGame", preferences=_ROCK_PAPER_SCISSORS)},
         make=lambda: PreferenceGame(_ROCK_PAPER_SCISSORS),
         forward_inputs=tuple,

@@ -184,6 +184,7 @@ MODULES: dict[str, ModuleCase] = {
         bad=[],
     ),
     "lit_methods.online.OnlineLearning": ModuleCase(
+        may_be_infinite=frozenset({"radius"}),
         config={
             "model": class_config(
                 "lit_methods.online.OnlineLearning",

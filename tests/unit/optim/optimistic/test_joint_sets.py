@@ -1,4 +1,4 @@
-"""A set that all parameters of a group share is never left, and starts outside of a set are projected, with a warning."""
+"""A set that all parameters of a group share is never left; starts outside of a set are projected, with a warning."""
 
 import warnings
 
