@@ -93,7 +93,8 @@ class ParticleOptimizer(Optimizer):
         With several runs ``(num_runs * N, *shape)``, run after run. With DTensor parameters all shapes, here and in the
         other methods, are those of this rank's shards.
         """
-        return self.layout.many(self._prepare()["particles"].flatten(0, 1))
+        swarm = self._prepare()
+        return self.layout.many(swarm["particles"].flatten(0, 1))
 
     def consensus(self) -> Particles:
         """Parameter name -> the last consensus point, which is also what the parameters hold (up to their dtype).
@@ -105,7 +106,8 @@ class ParticleOptimizer(Optimizer):
 
     def consensus_of_runs(self) -> Particles:
         """Parameter name -> every run's last consensus point, ``(num_runs, *shape)``."""
-        return self.layout.many(self._prepare()["consensus"])
+        swarm = self._prepare()
+        return self.layout.many(swarm["consensus"])
 
     def best_particle(self) -> Particles:
         """Parameter name -> the particle with the lowest loss so far, in any run; NaN before the first step.

@@ -517,7 +517,7 @@ def test_the_consensus_of_a_million_particles_is_exact_to_a_millionth(dim) -> No
 @pytest.mark.parametrize("kind", [CBO, AdamCBO, MemoryCBO, ConsensusHopping])
 def test_a_parameter_frozen_between_steps_stays_and_moves_again_when_thawed(kind) -> None:
     a, b, c = (nn.Parameter(torch.full((n,), 2.0)) for n in (2, 3, 1))
-    optimizer = kind([("a", a), ("b", b), ("c", c)], num_particles=8, seed=0)
+    optimizer = kind([("a", a), ("b", b), ("c", c)], num_particles=8, alpha=0.1, seed=0)
 
     def losses(particles: dict[str, Tensor]) -> Tensor:
         return sum(p.square().sum(-1) for p in particles.values())

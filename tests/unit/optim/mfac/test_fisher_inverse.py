@@ -152,7 +152,7 @@ def test_gradients_may_be_memory_mapped(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g: FisherInverse.from_gradients(g, 0.0), "damping must be > 0, got 0"),
+        (lambda g: FisherInverse.from_gradients(g, 0.0), "damping must be > 0 and finite, got 0"),
         (lambda g: FisherInverse.from_gradients(g, 1.0, block_size=0), "block_size must be >= 1"),
         (lambda g: FisherInverse.from_gradients(g, 1.0, chunk_size=0), "chunk_size must be >= 1"),
         (lambda g: FisherInverse.from_gradients(g[0], 1.0), "grads must be a floating point"),
