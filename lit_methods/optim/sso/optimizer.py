@@ -110,8 +110,9 @@ class SSO(Optimizer):
     Several processes: S is the mean over all ranks' examples; under DDP the inner steps use the module without its
     wrapper and all-reduce gradients and every number on which a decision depends, once per inner step (less often
     with a solver's ``sync_every``). FSDP2: the capture of the root module works with every solver but
-    ``ConjugateGradient``, without forward-mode derivatives; ``torch.distributed.checkpoint`` does not take this
-    optimizer's state. FSDP1 is refused.
+    ``ConjugateGradient``; the step lengths of ``GaussNewton`` come from central differences there, equal to those of
+    forward-mode derivatives to about 1e-4 in float32; ``torch.distributed.checkpoint`` does not take this optimizer's
+    state. FSDP1 is refused.
 
     Args:
         params: parameters, named parameters or groups. Groups may differ in ``weight_decay``. They share ``lr``, except
