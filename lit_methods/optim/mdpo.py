@@ -31,6 +31,7 @@ from torch.optim.optimizer import ParamsT
 from lit_methods.optim.foundation.closures import RepeatedClosure
 from lit_methods.optim.foundation.finite import gradients_are_finite, warn_of_skipped_step
 from lit_methods.optim.foundation.groups import check_nonnegative, check_own_state, check_positive
+from lit_methods.optim.foundation.ranks import world_size
 
 __all__ = ["MDPO", "MDPOStepSize"]
 
@@ -189,7 +190,9 @@ class MDPO(Adam):
                 if run.inner_step == 0:
                     first = loss.detach() if isinstance(loss, Tensor) else loss
                 params = [p for group in self.param_groups for p in group["params"]]
-                if loss is not None and not (torch.as_tensor(loss).isfinite() and gradients_are_finite(params)):
+                # under DDP only the gradients are alike on all ranks, which must decide alike
+                finite = loss is None or world_size() > 1 or bool(torch.as_tensor(loss).isfinite())
+                if not (finite and gradients_are_finite(params)):
                     warn_of_skipped_step(self)
                     if run.inner_step == 0:
                         return first

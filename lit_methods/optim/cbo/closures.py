@@ -31,7 +31,7 @@ def particle_losses(
     The module runs once for all particles (``vmap`` over ``functional_call``). What the particles do not hold, frozen
     parameters and buffers, is the module's own. Batch normalisation in training mode takes the batch's statistics and
     leaves the running ones alone; dropout is drawn anew for each particle, from the global generator. A network in
-    bfloat16 or float16 gets particles rounded to its dtype, and the loss its outputs in float32: losses in half
+    bfloat16 or float16 gets particles rounded to its dtypes, and the loss its outputs in float32: losses in half
     precision could not tell the particles apart.
 
     Args:
@@ -51,7 +51,7 @@ def particle_losses(
     moving = _running_statistics(module)
 
     def loss_of_one(particle: Particles, statistics: Particles) -> Tensor:
-        rounded = {name: p.to(dtypes[name]) if dtypes[name].itemsize < 4 else p for name, p in particle.items()}
+        rounded = {name: p.to(dtypes[name]) for name, p in particle.items()}
         outputs = functional_call(module, {**rounded, **statistics}, (x,))
         half = isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16)
         return loss(outputs.float() if half else outputs, y)
