@@ -1,6 +1,6 @@
 """Do the unit tests of a file notice when one operator of it is another one?
 
-    python -m tests.mutation FILE [--tests PATH ...] [--number 20] [--seed 0] [--timeout 300]
+    python -m tests.mutation FILE [--tests PATH ...] [--select EXPRESSION] [--number 20] [--seed 0] [--timeout 300]
 
 Draws single changes of FILE at random (an operator, a comparison, a constant, a condition), runs the unit tests with
 each, in a process of its own, and prints the ones that no test noticed. Each of these is a hole in the tests, or
@@ -37,6 +37,8 @@ def code_nodes(node: ast.AST) -> Iterator[ast.AST]:
     yield node
     for name, value in ast.iter_fields(node):
         if isinstance(node, ast.Raise | ast.JoinedStr) or name in ("annotation", "returns", "defaults", "kw_defaults"):
+            continue
+        if isinstance(node, ast.keyword) and node.arg == "strict":
             continue
         if name == "decorator_list" or (isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"):
             continue
@@ -127,12 +129,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--tests", nargs="+", help="default: those that mirror the file")
+    parser.add_argument("--select", default="", help="as pytest's -k, to leave out slow tests")
     parser.add_argument("--number", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one mutant")
     arguments = parser.parse_args()
     path = arguments.file.resolve()
-    tests, source = arguments.tests or tests_of(path), path.read_text()
+    tests, source = [*(arguments.tests or tests_of(path)), "-k", arguments.select], path.read_text()
     if not survives(path, source, tests, arguments.timeout):
         sys.exit(f"{' '.join(tests)} fail without any change")
     every = mutants(source)

@@ -543,6 +543,18 @@ def test_a_parameter_frozen_between_steps_stays_and_moves_again_when_thawed(kind
     assert not torch.equal(b, frozen)
 
 
+def test_settings_of_a_group_reach_its_own_coordinates() -> None:
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    groups = [{"params": [("a", a)], "lr": 0.0}, {"params": [("b", b)]}]
+    optimizer = CBO(groups, num_particles=6, alpha=0.1, seed=0)
+    before = {name: p.clone() for name, p in optimizer.particles.items()}
+    optimizer.step(lambda particles: sum(p.square().sum(-1) for p in particles.values()))
+    assert torch.equal(optimizer.particles["a"], before["a"])
+    assert (optimizer.particles["b"] != before["b"]).all()
+    assert (a == 0).all()
+    assert (b != 0).all()
+
+
 def test_a_closure_that_raises_leaves_the_parameters_where_they_were() -> None:
     x = nn.Parameter(torch.ones(3))
     optimizer, calls = CBO([x], num_particles=6, seed=0), []
