@@ -280,8 +280,10 @@ class EnsembleJudge:
 
     def __init__(self, judges: list[Any], weights: list[float] | None = None) -> None:
         weights = [1.0] * len(judges) if weights is None else weights
-        if not judges or len(weights) != len(judges) or not all(weight > 0 for weight in weights):
-            raise ValueError(f"judges and weights must be as many and positive, got {len(judges)} and {weights}")
+        if not judges or len(weights) != len(judges) or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(
+                f"judges and weights must be as many, positive and finite, got {len(judges)} and {weights}"
+            )
         self.judges = judges
         self.weights = [weight / math.fsum(weights) for weight in weights]
 

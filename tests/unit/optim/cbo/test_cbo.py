@@ -543,6 +543,13 @@ def test_a_parameter_frozen_between_steps_stays_and_moves_again_when_thawed(kind
     assert not torch.equal(b, frozen)
 
 
+def test_the_best_loss_falls_below_zero() -> None:
+    _, optimizer = swarm(points(), alpha=0.1)
+    lowest = [optimizer.step(lambda p, k=k: quadratic(p) - 100 * k) for k in (1, 3, 2)]
+    assert lowest[1] < lowest[2] < lowest[0] < 0
+    assert float(optimizer.best_losses()) == lowest[1]
+
+
 def test_settings_of_a_group_reach_its_own_coordinates() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
     groups = [{"params": [("a", a)], "lr": 0.0}, {"params": [("b", b)]}]
