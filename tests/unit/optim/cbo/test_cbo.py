@@ -3,6 +3,7 @@ import io
 import math
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -548,6 +549,34 @@ def test_the_best_loss_falls_below_zero() -> None:
     lowest = [optimizer.step(lambda p, k=k: quadratic(p) - 100 * k) for k in (1, 3, 2)]
     assert lowest[1] < lowest[2] < lowest[0] < 0
     assert float(optimizer.best_losses()) == lowest[1]
+
+
+def test_closures_of_any_kind_are_told_apart_by_their_arguments() -> None:
+    class Problem:
+        def losses(self, particles: dict[str, Tensor]) -> Tensor:
+            return quadratic(particles)
+
+        def ready(self, losses=quadratic):
+            return losses
+
+        def __call__(self, particles: dict[str, Tensor]) -> Tensor:
+            return quadratic(particles)
+
+    problem = Problem()
+    steps = [swarm(points())[1].step for _ in range(6)]
+    ways = [quadratic, problem, problem.losses, problem.ready, partial(quadratic), lambda losses=quadratic: losses]
+    assert len({step(way) for step, way in zip(steps, ways, strict=True)}) == 1
+
+
+def test_a_state_saved_before_the_first_step_starts_anew() -> None:
+    x, y = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    fresh, other = CBO([("x", x)], num_particles=4, seed=1), CBO([("x", y)], num_particles=4, seed=1)
+    other.step(quadratic)
+    other.load_state_dict(fresh.state_dict())
+    with torch.no_grad():
+        y.fill_(1.0)
+    assert fresh.step(quadratic) == other.step(quadratic)
+    assert torch.equal(x, y)
 
 
 def test_settings_of_a_group_reach_its_own_coordinates() -> None:
