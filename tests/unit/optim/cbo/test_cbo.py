@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_methods.optim import CBO, ConsensusHopping, particle_losses
+from lit_methods.optim import CBO, ConsensusBasedSampling, ConsensusHopping, particle_losses
 from lit_methods.optim.cbo import AdamCBO, EffectiveSampleSize, Growing, InitialCloud, MemoryCBO, ParticleBatches
 from lit_methods.optim.cbo.consensus import alpha_for_sample_size, consensus_weights, weighted_mean
 
@@ -284,6 +284,20 @@ def test_hopping_width_vanishes_on_schedule() -> None:
     for _ in range(7):
         optimizer.step(quadratic)
     assert optimizer.param_groups[0]["width"] == pytest.approx(0.98**2)
+
+
+@pytest.mark.parametrize("kind", [ConsensusHopping, ConsensusBasedSampling])
+def test_two_particles_are_the_least(kind) -> None:
+    kind([nn.Parameter(torch.zeros(2))], num_particles=2)
+    with pytest.raises(ValueError, match="num_particles must be >= 2, got 1"):
+        kind([nn.Parameter(torch.zeros(2))], num_particles=1)
+
+
+def test_hopping_goes_no_further_than_the_consensus() -> None:
+    ConsensusHopping([nn.Parameter(torch.zeros(2))], lr=1.0, width_decay=1.0)
+    for bad in ({"lr": 1.1}, {"width_decay": 1.1}, {"width_decay": 0.0}, {"width_decay_every": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ConsensusHopping([nn.Parameter(torch.zeros(2))], **bad)
 
 
 def test_hopping_part_of_the_way() -> None:
