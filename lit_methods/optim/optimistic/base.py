@@ -65,7 +65,7 @@ class OnlineOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         active = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
-        if self._accepts([p for _, params in active for p in params]):
+        if self._accepts([p for group, params in active if group["lr"] for p in params]):
             for group, params in active:
                 if params:
                     self._step_group(group, params)

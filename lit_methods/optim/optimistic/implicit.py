@@ -133,11 +133,13 @@ class ImplicitOMD(OnlineOptimizer):
         moving = [p for _, params in active for p in params]
         if not self._accepts(moving):
             return loss
-        before = [p.clone() for p in moving], copy.deepcopy([self.state.get(p, {}) for p in moving])
+        known = [p for group, _ in active for p in group["params"] if p in self.state]  # they share some numbers
+        points, states = [p.clone() for p in moving], copy.deepcopy([self.state[p] for p in known])
         if not self._play(active, evaluate, prox):
-            for p, point, state in zip(moving, *before, strict=True):
+            for p, point in zip(moving, points, strict=True):
                 p.copy_(point)
-                self.state[p] = state
+                self.state.pop(p, None)
+            self.state.update(zip(known, states, strict=True))
         return loss
 
     def _play(
