@@ -73,17 +73,15 @@ def test_a_round_with_a_bad_gradient_ends_where_it_began(make, bad):
     p = nn.Parameter(torch.tensor([1.0, -2.0]))
     optimizer = make([p], lr=0.1)
 
-    def backward(move):
-        optimizer.zero_grad()
-        (p.square().sum() * (torch.nan if move == bad else 1.0)).backward()
+    def play(bad=None):
+        for move, take in (("look-ahead", optimizer.extrapolation), ("step", optimizer.step)):
+            optimizer.zero_grad()
+            (p.square().sum() * (torch.nan if move == bad else 1.0)).backward()
+            take()
 
     with pytest.warns(RuntimeWarning, match="skipped a step"):
-        for move, take in (("look-ahead", optimizer.extrapolation), ("step", optimizer.step)):
-            backward(move)
-            take()
+        play(bad)
     assert p.tolist() == [1.0, -2.0]
-    for move, take in ((None, optimizer.extrapolation), (None, optimizer.step)):
-        backward(move)
-        take()
+    play()
     assert p.isfinite().all()
     assert p.detach().abs().sum() < 3
