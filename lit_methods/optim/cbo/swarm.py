@@ -401,7 +401,7 @@ class ParticleOptimizer(Optimizer):
         kept, thawed = ([p for p in self.layout.params if (id(p) in known) == have] for have in (True, False))
         for key in (*self._by_particle, *self._by_run):
             swarm[key] = swarm[key][..., former.columns_of(kept).to(current.device)]
-        for key in self._losses_by_particle:  # of other values of what is frozen now
+        for key in ("best_loss", *self._losses_by_particle):  # of other values of what is frozen now
             swarm[key].fill_(math.inf)
         if thawed:
             columns = [self.layout.columns_of(params).to(current.device) for params in (kept, thawed)]
