@@ -642,3 +642,35 @@ def test_a_lasting_inner_optimizer_resumes_after_a_group_was_added() -> None:
     step(other, resumed)
     assert torch.equal(flat(other), flat(net))
     assert_same(resumed.state_dict(), optimizer.state_dict(), "state")
+
+
+@pytest.mark.parametrize("inner", ["gauss_newton", "cg", "lbfgs", "armijo", "adam"])
+def test_a_solver_reports_the_surrogate_before_and_after(inner) -> None:
+    net = make_net()
+    surrogate, _ = surrogate_of(net, squared, 0.7, decay=[0.1] * len(list(net.parameters())))
+    start, solver = surrogate.value(graph=False), inner_solver(inner)
+    result = solver.solve(surrogate, 3, {}, solver.prepare([list(net.parameters())]))
+    assert start > 0
+    assert result.before == pytest.approx(start, rel=1e-12)
+    assert result.after == pytest.approx(surrogate.value(graph=False), rel=1e-12)
+    assert result.after < result.before
+
+
+def test_conjugate_gradients_fall_back_to_a_gradient_step() -> None:
+    """Where the network curves so much that the Gauss-Newton step overshoots."""
+    w = nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
+    z, slope = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    surrogate = TargetSurrogate(lambda: [w + 100 * w**3], [w], [z], [slope], 1.0, 1.0)
+    result = inner_solver("cg").solve(surrogate, 1, {}, None)
+    assert result.before == 0
+    assert result.after == pytest.approx(surrogate.value(graph=False))
+    assert result.after < 0
+    assert float(w.detach()) == pytest.approx(-result.step_size)  # the gradient there is 1
+
+
+@pytest.mark.parametrize("rule", [Armijo, AdaGradPerExample])
+def test_bounds_may_leave_one_value(rule) -> None:
+    assert rule(bounds=(0.5, 0.5)).bounds == (0.5, 0.5)
+    for bounds in ((0.0, 0.5), (0.5, 0.4)):
+        with pytest.raises(ValueError, match="bounds"):
+            rule(bounds=bounds)
