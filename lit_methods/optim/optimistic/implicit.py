@@ -13,7 +13,8 @@ from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Constraint, apply_constraint
 from lit_methods.optim.foundation.groups import check_gradients, check_positive
-from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient, state_dtype
+from lit_methods.optim.foundation.states import state_dtype
+from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient
 
 __all__ = ["ImplicitOMD", "prox_absolute", "prox_hinge"]
 
