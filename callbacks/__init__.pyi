@@ -4,6 +4,7 @@ from .checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
 from .checkpoints import LastCheckpoint as LastCheckpoint
 from .convergence_curves import ConvergenceCurves as ConvergenceCurves
 from .convergence_rates import ConvergenceRates as ConvergenceRates
+from .dale import DaleMonitor as DaleMonitor
 from .exact_resume import ExactResume as ExactResume
 from .learning_curves import LearningCurves as LearningCurves
 from .llm import ExportHF as ExportHF

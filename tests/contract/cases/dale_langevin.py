@@ -1,7 +1,8 @@
 """Cases of the family: dale_langevin."""
 
+from lit_methods.callbacks import DaleMonitor
 from lit_methods.optim import AdamWExponentiated, ExponentiatedGradient, SignConstrainedSGD
-from tests.contract.cases.kinds import OptimizerCase
+from tests.contract.cases.kinds import CallbackCase, OptimizerCase
 
 _MOMENTUM = {"momentum": 0.5, "weight_decay": 1e-3}
 _BAD_MOMENTUM = [
@@ -37,5 +38,15 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     ),
     "lit_methods.optim.SignConstrainedSGD": OptimizerCase(
         SignConstrainedSGD, {"lr": 0.1, **_MOMENTUM}, bad=_BAD_MOMENTUM, host_syncs=True
+    ),
+}
+
+CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.DaleMonitor": CallbackCase(
+        DaleMonitor,
+        bad=[
+            (lambda: DaleMonitor(every_n_epochs=0), "every_n_epochs must be"),
+            (lambda: DaleMonitor(pattern="("), "pattern must be"),
+        ],
     ),
 }
