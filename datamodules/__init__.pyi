@@ -18,6 +18,7 @@ from .synthetic import DriftingDigitsDataModule as DriftingDigitsDataModule
 from .synthetic import MatrixFactorizationDataModule as MatrixFactorizationDataModule
 from .synthetic import SEADataModule as SEADataModule
 from .synthetic import SensingDataModule as SensingDataModule
+from .synthetic import SparseTeacherDataModule as SparseTeacherDataModule
 from .tables import BreastCancerDataModule as BreastCancerDataModule
 from .tables import CovertypeDataModule as CovertypeDataModule
 from .tables import LibSVMDataModule as LibSVMDataModule

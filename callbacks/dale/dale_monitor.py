@@ -91,8 +91,9 @@ class DaleMonitor(Callback):
 
 def _normality(logs: Tensor) -> dict[str, float]:
     """Skew, excess kurtosis, and Kolmogorov-Smirnov distance to the normal distribution; NaN where undefined."""
+    if len(logs) == 0:
+        return dict.fromkeys(("skew", "kurtosis", "ks"), float("nan"))
     z, _ = ((logs - logs.mean()) / logs.std(correction=0)).sort()
-    below = torch.arange(len(z), dtype=z.dtype) / max(len(z), 1)
-    excess = torch.special.ndtr(z) - below
-    ks = torch.cat([excess, 1 / max(len(z), 1) - excess]).max() if len(z) else torch.tensor(torch.nan)
+    excess = torch.special.ndtr(z) - torch.arange(len(z), dtype=z.dtype) / len(z)
+    ks = torch.maximum(excess, 1 / len(z) - excess).max()
     return {"skew": float(z.pow(3).mean()), "kurtosis": float(z.pow(4).mean() - 3), "ks": float(ks)}

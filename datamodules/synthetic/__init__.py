@@ -3,5 +3,12 @@
 from lit_methods.datamodules.synthetic.matrix_factorization import MatrixFactorizationDataModule
 from lit_methods.datamodules.synthetic.online_streams import DriftingDigitsDataModule, SEADataModule
 from lit_methods.datamodules.synthetic.sensing import SensingDataModule
+from lit_methods.datamodules.synthetic.sparse_teacher import SparseTeacherDataModule
 
-__all__ = ["DriftingDigitsDataModule", "MatrixFactorizationDataModule", "SEADataModule", "SensingDataModule"]
+__all__ = [
+    "DriftingDigitsDataModule",
+    "MatrixFactorizationDataModule",
+    "SEADataModule",
+    "SensingDataModule",
+    "SparseTeacherDataModule",
+]

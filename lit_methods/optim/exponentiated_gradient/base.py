@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lit_methods.optim.foundation.flat import is_dtensor, local_tensor
+from lit_methods.optim.foundation.flat import is_dtensor, local_grad, local_tensor
 from lit_methods.optim.foundation.groups import (
     check_choice,
     check_gradients,
@@ -193,10 +193,13 @@ def _check_finite(group: dict[str, Any], params: list[Tensor]) -> None:
     """Refuse gradients that are not finite: an infinite one would make a weight 0, for ever."""
     if not params:
         return
-    norms = torch._foreach_norm([p.grad for p in params if p.grad is not None], math.inf)
-    home = local_tensor(norms[0]).device
-    whole: list[Any] = [norm.full_tensor() if is_dtensor(norm) else norm for norm in norms]  # type: ignore[attr-defined]
-    finite = torch.stack([norm.to(home, torch.float32) for norm in whole]).isfinite()
+    grads = [local_grad(p) for p in params]
+    filled = [i for i, g in enumerate(grads) if g.numel()]  # a rank may hold nothing of a parameter
+    largest = torch.zeros(len(grads), device=grads[0].device)
+    if filled:
+        norms = torch._foreach_norm([grads[i] for i in filled], math.inf)
+        largest[filled] = torch.stack([norm.to(largest.device, torch.float32) for norm in norms])
+    finite = torch.stack([_over_shards(value, p) for value, p in zip(largest, params, strict=True)]).isfinite()
     if not finite.all():
         label = next(
             label for (label, _), good in zip(_labelled(group, params), finite.tolist(), strict=True) if not good
@@ -213,3 +216,13 @@ def _labelled(group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, Te
     names = group.get("param_names")
     label = (lambda i: names[i]) if names else (lambda i: f"parameter {i} of its group")
     return [(label(number[id(p)]), p) for p in params]
+
+
+def _over_shards(largest: Tensor, param: Any) -> Tensor:
+    """The largest of all ranks that hold a shard of the parameter, so that they decide alike."""
+    if not is_dtensor(param):
+        return largest
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Replicate() if placement.is_replicate() else Partial("max") for placement in param.placements]
+    return DTensor.from_local(largest, param.device_mesh, placements).full_tensor()

@@ -1,8 +1,9 @@
 """Cases of the family: dale_langevin."""
 
 from lit_methods.callbacks import DaleMonitor
+from lit_methods.datamodules import SparseTeacherDataModule
 from lit_methods.optim import AdamWExponentiated, ExponentiatedGradient, SignConstrainedSGD
-from tests.contract.cases.kinds import CallbackCase, OptimizerCase
+from tests.contract.cases.kinds import LOADER_ARGUMENTS, TINY, CallbackCase, DataModuleCase, OptimizerCase, RecipeCase
 
 _MOMENTUM = {"momentum": 0.5, "weight_decay": 1e-3}
 _BAD_MOMENTUM = [
@@ -49,4 +50,28 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: DaleMonitor(pattern="("), "pattern must be"),
         ],
     ),
+}
+
+DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.SparseTeacherDataModule": DataModuleCase(
+        lambda folder, **arguments: SparseTeacherDataModule(
+            **(
+                {"num_inputs": 6, "num_relevant": 2, "train_size": 30, "val_size": 8, "test_size": 8, "batch_size": 4}
+                | arguments
+            )
+        ),
+        bad=[
+            *LOADER_ARGUMENTS,
+            ({"num_inputs": 0}, "num_inputs=0: must be"),
+            ({"num_relevant": 7}, "num_relevant=7: must be"),
+            ({"train_size": 0}, "train_size=0: must be"),
+            ({"test_size": -1}, "test_size=-1: must be"),
+            ({"noise_std": -1.0}, "noise_std=-1.0: must be"),
+        ],
+    ),
+}
+
+RECIPES: dict[str, RecipeCase] = {
+    "dale_langevin/eg_sparse_teacher": RecipeCase(TINY),
+    "dale_langevin/eg_digits": RecipeCase(TINY),
 }

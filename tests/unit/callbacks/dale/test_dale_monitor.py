@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 import scipy.stats
@@ -28,7 +27,9 @@ class Scripted(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module: LightningModule, monitor: DaleMonitor, folder: Path, **arguments: Any) -> None:
+def fit(
+    module: LightningModule, monitor: DaleMonitor, folder: Path, max_epochs: int, ckpt_path: Path | None = None
+) -> None:
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -36,9 +37,9 @@ def fit(module: LightningModule, monitor: DaleMonitor, folder: Path, **arguments
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[monitor],
-        **arguments,
+        max_epochs=max_epochs,
     )
-    trainer.fit(module, DataLoader(torch.zeros(1, 1)), ckpt_path=arguments.pop("ckpt", None))
+    trainer.fit(module, DataLoader(torch.zeros(1, 1)), ckpt_path=ckpt_path)
     trainer.save_checkpoint(folder / "last.ckpt")
 
 
@@ -53,11 +54,7 @@ def test_a_resumed_run_compares_with_the_first_beginning(tmp_path: Path) -> None
     epochs = [[1.0, -1.0], [-1.0, -1.0], [-1.0, -2.0]]
     fit(Scripted(epochs), DaleMonitor(), tmp_path, max_epochs=1)
     monitor = DaleMonitor()
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, callbacks=[monitor],
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Scripted(epochs), DataLoader(torch.zeros(1, 1)), ckpt_path=tmp_path / "last.ckpt")
+    fit(Scripted(epochs), monitor, tmp_path, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert [m["sign_flips"] for m in monitor.history] == [1, 1]
 
 
