@@ -103,21 +103,21 @@ class AdamWExponentiated(SignedOptimizer):
             state["step"] += 1
         first, second = group["betas"]
         means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_mul_(means, first)
-        torch._foreach_add_(means, grads, alpha=1 - first)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(means, grads, 1 - first)
         torch._foreach_mul_(squares, second)
         torch._foreach_addcmul_(squares, grads, grads, value=1 - second)
         if group["amsgrad"]:
             largest = [s["max_exp_avg_sq"] for s in states]
             torch._foreach_maximum_(largest, squares)
             squares = largest
+        roots = [(1 - second ** s["step"]) ** 0.5 for s in states]  # of the bias corrections
         denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, [(1 - second ** s["step"]) ** 0.5 for s in states])
-        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
         steps = list(torch._foreach_div(means, denominators))
-        torch._foreach_mul_(steps, [1 / (1 - first ** s["step"]) for s in states])
-        torch._foreach_mul_(steps, -group["lr"])
+        factors = [-root / (1 - first ** s["step"]) for root, s in zip(roots, states, strict=True)]
+        torch._foreach_mul_(steps, [group["lr"] * factor for factor in factors])
         if group["algorithm"] == "eg":
             mirror_step(weights, steps, group)
         else:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -194,20 +194,15 @@ def _check_finite(group: dict[str, Any], params: list[Tensor]) -> None:
     if not params:
         return
     grads = [local_grad(p) for p in params]
-    filled = [i for i, g in enumerate(grads) if g.numel()]  # a rank may hold nothing of a parameter
-    largest = torch.zeros(len(grads), device=grads[0].device)
-    if filled:
-        norms = torch._foreach_norm([grads[i] for i in filled], math.inf)
-        largest[filled] = torch.stack([norm.to(largest.device, torch.float32) for norm in norms])
-    finite = torch.stack([_over_shards(value, p) for value, p in zip(largest, params, strict=True)]).isfinite()
-    if not finite.all():
-        label = next(
-            label for (label, _), good in zip(_labelled(group, params), finite.tolist(), strict=True) if not good
-        )
-        raise RuntimeError(
-            f"the gradient of {label} is not finite, and the step was not taken: lower lr, clip the gradients, or set "
-            "error_if_nonfinite=False"
-        )
+    norms = torch._foreach_norm(grads)  # one pass; overflows to infinity before the gradients do, so look again
+    if not _over_shards(norms, params).isfinite().all():
+        bad = _over_shards([(~g.isfinite()).any() for g in grads], params)
+        if bad.any():
+            label = _labelled(group, params)[int(bad.argmax())][0]
+            raise RuntimeError(
+                f"the gradient of {label} is not finite, and the step was not taken: lower lr, clip the gradients, or "
+                "set error_if_nonfinite=False"
+            )
 
 
 def _labelled(group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, Tensor]]:
@@ -218,11 +213,13 @@ def _labelled(group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, Te
     return [(label(number[id(p)]), p) for p in params]
 
 
-def _over_shards(largest: Tensor, param: Any) -> Tensor:
-    """The largest of all ranks that hold a shard of the parameter, so that they decide alike."""
-    if not is_dtensor(param):
-        return largest
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+def _over_shards(values: Sequence[Tensor], params: list[Any]) -> Tensor:
+    """For each parameter the largest value of all ranks that hold a shard of it, so that they decide alike."""
+    result = [value.to(values[0].device, torch.float32) for value in values]
+    for i, p in enumerate(params):
+        if is_dtensor(p):
+            from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    placements = [Replicate() if placement.is_replicate() else Partial("max") for placement in param.placements]
-    return DTensor.from_local(largest, param.device_mesh, placements).full_tensor()
+            placements = [Replicate() if placement.is_replicate() else Partial("max") for placement in p.placements]
+            result[i] = DTensor.from_local(result[i], p.device_mesh, placements).full_tensor()
+    return torch.stack(result)

@@ -206,6 +206,12 @@ def test_gradients_that_are_not_finite_are_refused_by_name_before_anything_moves
     ExponentiatedGradient(model.parameters(), error_if_nonfinite=False).step()
 
 
+def test_large_finite_gradients_are_no_error() -> None:
+    p = parameter([1.0, -1.0], torch.float32)
+    run(ExponentiatedGradient([p], lr=1e-38), p, [[1e38, 1e38]])
+    torch.testing.assert_close(p.detach(), torch.tensor([math.exp(-1), -math.exp(1)]))
+
+
 def test_zeros_are_reported_with_the_cure() -> None:
     norm = nn.LayerNorm(4)
     with pytest.warns(UserWarning, match=r"bias holds 4 zeros, which ExponentiatedGradient never moves: .*eg_param_gr"):
