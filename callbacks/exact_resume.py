@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 from torchmetrics import Metric, MetricCollection
 
+from lit_methods.optim.foundation.ranks import gather_objects
 from lit_methods.precision import convert_to_precision
 
 # Where in an epoch a checkpoint was written, as far as what is still to be done there depends on it.
@@ -93,7 +93,7 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather the state of every rank into the checkpoint."""
-        self._ranks = self._final or _gather(_capture(trainer, pl_module))
+        self._ranks = self._final or gather_objects(_capture(trainer, pl_module))
         self._kinds = {"precision": trainer.precision, "optimizers": [type(o).__qualname__ for o in trainer.optimizers]}
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -158,7 +158,7 @@ class ExactResume(Callback):
         if state is not None and "rng" in state:
             _restore_metrics(pl_module, state["metrics"], within_epoch)
             self._means = state["means"] if within_epoch else {}
-            _restore_rng(state["rng"], trainer.strategy.root_device)
+            restore_rng(state["rng"], trainer.strategy.root_device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Add the running means of the epoch before the checkpoint; Lightning makes theirs at the first ``log``."""
@@ -173,14 +173,14 @@ class ExactResume(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state for ``save_checkpoint`` after ``fit``: the loaders are about to be reset."""
-        self._final = _gather(_capture(trainer, pl_module))
+        self._final = gather_objects(_capture(trainer, pl_module))
 
 
 def _capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Return this rank's state as tensors on the CPU and plain data, which ``weights_only=True`` loads."""
     results = trainer.fit_loop.epoch_loop._results
     return {
-        "rng": _capture_rng(trainer.strategy.root_device),
+        "rng": capture_rng(trainer.strategy.root_device),
         "loaders": [loader.state_dict() for loader in _train_loaders(trainer) if hasattr(loader, "state_dict")],
         "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
         "metrics": _capture_metrics(pl_module, {id(r.value) for r in results.values() if not r.is_tensor}),
@@ -192,15 +192,8 @@ def _capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     }
 
 
-def _gather(state: Any) -> list[Any]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    return states
-
-
-def _capture_rng(device: torch.device) -> dict[str, Any]:
+def capture_rng(device: torch.device) -> dict[str, Any]:
+    """States of the global generators of Python, NumPy, torch and ``device``, as what ``weights_only`` loads."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     assert (version, name) == (3, "MT19937")
@@ -216,7 +209,8 @@ def _capture_rng(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _restore_rng(state: dict[str, Any], device: torch.device) -> None:
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to what :func:`capture_rng` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate((3, tuple(state["python"].tolist()), state["python_gauss"]))
     np.random.set_state(("MT19937", state["numpy"].numpy(), *state["numpy_place"]))  # noqa: NPY002
@@ -410,7 +404,7 @@ def _check_loaders(trainer: Trainer) -> None:
 
 def _check_lengths(trainer: Trainer) -> None:
     """Refuse ranks of unequal length: the longer ones would wait for the others' gradients for ever."""
-    lengths = _gather(trainer.num_training_batches)
+    lengths = gather_objects(trainer.num_training_batches)
     if len(set(lengths)) > 1:
         raise ValueError(
             f"the training loaders must have equally many batches on every rank, got {lengths}: use torchdata's "

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+
+from lit_methods.optim.foundation.ranks import gather_objects
 
 
 class WinRate(Callback):
@@ -30,6 +31,10 @@ class WinRate(Callback):
         texts: further opponents that always give the same response: name -> response.
         confidence: of the interval, in ``(0, 1)``.
         num_bootstrap: resampled sets of prompts.
+
+    Attributes:
+        records: opponent -> (row of the prompt, probability of winning, excess length) for each prompt of this rank in
+            the last stage.
 
     Raises:
         ValueError: for an argument outside its range, or no opponent at all.
@@ -57,11 +62,11 @@ class WinRate(Callback):
         self.confidence = confidence
         self.num_bootstrap = num_bootstrap
         self._loaded: dict[str, Any] = {}
-        self._records: dict[str, list[tuple[int, float, float]]] = {}
+        self.records: dict[str, list[tuple[int, float, float]]] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last run."""
-        self._records = {}
+        self.records = {}
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -106,7 +111,7 @@ class WinRate(Callback):
         wins = ((forward + 1 - backward) / 2).tolist()
         excess = [float(mine - theirs) for mine, theirs in zip(outputs["lengths"], lengths, strict=True)]
         rows = zip(outputs["rows"].tolist(), wins, excess, strict=True)
-        self._records.setdefault(name, []).extend(rows)
+        self.records.setdefault(name, []).extend(rows)
 
     def _respond(self, module: Any, path: str, prompts: list[Any], seed: int) -> tuple[list[str], list[int]]:
         """Answer with a loaded policy in the place of the module's own."""
@@ -120,12 +125,9 @@ class WinRate(Callback):
             module.policy = own
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        records: list[dict[str, list[tuple[int, float, float]]]] = [self._records]
-        if trainer.world_size > 1:
-            records = [{} for _ in range(trainer.world_size)]
-            dist.all_gather_object(records, self._records)
+        records: list[dict[str, list[tuple[int, float, float]]]] = gather_objects(self.records)
         means = {}
-        for name in self._records:
+        for name in self.records:
             # samplers repeat prompts to make ranks even: one record per prompt
             rows = {row[0]: row[1:] for part in records for row in part.get(name, [])}
             wins, excess = torch.tensor([rows[index] for index in sorted(rows)], dtype=torch.float64).T

@@ -195,7 +195,7 @@ class MFACPruning(Callback):
         def gradients(m: int, params: list[nn.Parameter], kept: Tensor) -> Tensor:
             return collect_gradients(module, loss_fn, batches, m, params, columns=kept)
 
-        self._prune_to(sparsity, gradients)
+        self.prune_to(sparsity, gradients)
 
     def to_torch_pruning(self, module: nn.Module) -> None:
         """Hand the masks over to ``torch.nn.utils.prune``: afterwards ``weight`` = ``weight_orig`` * ``weight_mask``.
@@ -241,7 +241,7 @@ class MFACPruning(Callback):
         def gradients(m: int, params: list[nn.Parameter], kept: Tensor) -> Tensor:
             return training_gradients(trainer, pl_module, batches, m, params, self.criterion, kept)
 
-        self._prune_to(self.schedule[due[-1]], gradients, distributed=trainer.world_size > 1)
+        self.prune_to(self.schedule[due[-1]], gradients, distributed=trainer.world_size > 1)
         self._done += due
         for optimizer in trainer.optimizers:
             for name, p in self._weights.items():
@@ -264,7 +264,7 @@ class MFACPruning(Callback):
                     p.masked_fill_(~mask.to(p.device), 0)
 
     @torch.no_grad()
-    def _prune_to(self, sparsity: float, gradients: GradientSource, distributed: bool = False) -> None:
+    def prune_to(self, sparsity: float, gradients: GradientSource, distributed: bool = False) -> None:
         """Drop weights until ``sparsity``, and write masks and weights."""
         weights = self._weights
         mask = torch.cat([self.masks[name].flatten() for name in weights])

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lit_methods.batches import EpisodeBatch
 from lit_methods.callbacks.figures import output_dir, save_figure
+from lit_methods.optim.foundation.ranks import gather_objects
 
 
 class PolicyEvaluation(Callback):
@@ -94,7 +94,7 @@ class PolicyEvaluation(Callback):
             self._returns += batch.returns.tolist()
 
     def _log(self, pl_module: LightningModule, stage: str) -> tuple[float, float, float] | None:
-        returns, self._returns = np.array(_of_all_ranks(self._returns)), []
+        returns, self._returns = np.concatenate(gather_objects(self._returns)), []
         if not len(returns):
             return None
         low, high = bootstrap_interval(returns, self.confidence, self.num_resamples)
@@ -116,11 +116,3 @@ def bootstrap_interval(values: NDArray[Any], confidence: float, num_resamples: i
     means = rng.choice(values, (num_resamples, len(values))).mean(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _of_all_ranks(values: list[float]) -> list[float]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values)
-    return [value for part in parts for value in part]

@@ -120,7 +120,7 @@ class FactorRebalancing(Callback):
         if (waits if self.at_step is None else abs(self.steps - self.at_step) <= _WINDOW) or self.factors_before:
             self._take_loss(trainer, outputs)
         if waits and self._is_time(trainer, pl_module):
-            self._fire(trainer, pl_module)
+            self.fire(trainer, pl_module)
         elif self.factors_before:
             self._check(trainer, pl_module)
 
@@ -161,7 +161,8 @@ class FactorRebalancing(Callback):
             for old, now in zip(before, self.singular_values, strict=True)
         )
 
-    def _fire(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def fire(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rebalance all pairs now, and forget the moments of the Trainer's optimizers."""
         pairs = self._pairs(pl_module)
         self.betas = []
         if self.losses:

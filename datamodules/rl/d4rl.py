@@ -68,6 +68,7 @@ class D4RLDataModule(EnvironmentDataModule):
 
     Attributes:
         num_transitions: how many there are, after ``setup``.
+        transitions: all of them, packed into rows, after ``setup``; None for ``kind="episodes"``.
         observation_size: numbers in one observation.
         action_size: numbers in one action; 1 for discrete ones.
         observation_mean: mean that was subtracted, or zeros, ``(*observation)``.
@@ -127,7 +128,7 @@ class D4RLDataModule(EnvironmentDataModule):
         self.eval_env = eval_env
         self._scores: tuple[float, float] | None = None
         self._dataset_id: str | None = None  # of a Minari folder
-        self._transitions: PackedTransitions | None = None
+        self.transitions: PackedTransitions | None = None
         self._episodes: list[Arrays] = []
 
     def prepare_data(self) -> None:
@@ -144,7 +145,7 @@ class D4RLDataModule(EnvironmentDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the data set."""
-        if self._transitions is not None or self._episodes:
+        if self.transitions is not None or self._episodes:
             return
         arrays = self._read()
         ends = arrays["terminals"] | arrays.get("timeouts", np.zeros_like(arrays["terminals"]))
@@ -182,8 +183,8 @@ class D4RLDataModule(EnvironmentDataModule):
         parts = [torch.from_numpy(np.asarray(rows[name], np.float32)).reshape(number, -1) for name in _COLUMNS]
         self.num_transitions = number
         size = 0 if discrete else self.action_size
-        self._transitions = PackedTransitions(observations.shape[1:], size, self.num_transitions)
-        self._transitions.add(torch.cat(parts, 1))
+        self.transitions = PackedTransitions(observations.shape[1:], size, self.num_transitions)
+        self.transitions.add(torch.cat(parts, 1))
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Random batches."""
@@ -200,11 +201,11 @@ class D4RLDataModule(EnvironmentDataModule):
 
     def predict_dataloader(self) -> StatefulDataLoader:
         """Observations of the data set, in order."""
-        if self._transitions is None:
+        if self.transitions is None:
             observations = [torch.from_numpy(e["observations"]) for e in self._episodes]
         else:
-            rows = self._transitions.rows[:, : self.observation_size]
-            observations = list(rows.unflatten(1, self._transitions.observation_shape).split(self.batch_size))
+            rows = self.transitions.rows[:, : self.observation_size]
+            observations = list(rows.unflatten(1, self.transitions.observation_shape).split(self.batch_size))
         return StatefulDataLoader(observations, batch_size=None)
 
     def normalized_score(self, returns: Tensor | NDArray[Any] | float) -> NDArray[Any]:
@@ -368,7 +369,7 @@ class _Draws(Stream):
         return self.datamodule.steps_per_epoch
 
     def draw(self, place: int) -> TransitionBatch | SequenceBatch:
-        transitions, episodes = self.datamodule._transitions, self.datamodule._episodes
+        transitions, episodes = self.datamodule.transitions, self.datamodule._episodes
         number = len(episodes) if transitions is None else len(transitions)
         rows = torch.randint(number, (self.datamodule.batch_size,), generator=self.generator)
         if transitions is None:

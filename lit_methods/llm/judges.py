@@ -249,7 +249,7 @@ class PairwiseModelJudge:
     def __call__(self, prompts: Sequence[Prompt], a: Sequence[str], b: Sequence[str]) -> Tensor:
         """See :class:`PairwiseJudge`."""
         texts = [
-            self._question(prompt, first, second)
+            self.question(prompt, first, second)
             for one, other in ((a, b), (b, a))
             for prompt, first, second in zip(prompts, one, other, strict=True)
         ]
@@ -258,7 +258,8 @@ class PairwiseModelJudge:
         forward, backward = wins.chunk(2)
         return (forward + 1.0 - backward) / 2
 
-    def _question(self, prompt: Prompt, a: str, b: str) -> str:
+    def question(self, prompt: Prompt, a: str, b: str) -> str:
+        """What the model is asked about two responses, chat template included."""
         text = prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
         question = self.template.format(prompt=text, a=a, b=b)
         if self.classifier or not self.tokenizer.chat_template:

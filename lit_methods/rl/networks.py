@@ -15,6 +15,7 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.utils.hooks import RemovableHandle
 
 from lit_methods.batches import Spaces
+from lit_methods.optim.foundation.ranks import world_size
 
 Initialization = Literal["orthogonal", "default"]
 _LOG_STD_RANGE = (-20.0, 2.0)
@@ -343,7 +344,7 @@ class RunningMoments(nn.Module):
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over all ranks; ``x`` itself on a single one."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         x = x.clone()
         dist.all_reduce(x)
     return x

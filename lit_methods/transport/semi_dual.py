@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_methods.optim.foundation.ranks import world_size
+
 Sparsity = Literal["adaptive", "topk", "dense"]
 _DENSE_WORK = 2**24  # up to this many products, B m^3, dense factorisations are as fast as conjugate gradients
 _CG_STEPS = 400
@@ -204,7 +206,7 @@ def negligible(error: Tensor, entries: int, sharded: bool) -> Tensor:
 
     ``entries`` of a plan are this rank's.
     """
-    return 0.1 * error.clamp(max=0.1) / (entries * dist.get_world_size() if sharded else entries)
+    return 0.1 * error.clamp(max=0.1) / (entries * world_size() if sharded else entries)
 
 
 def sparse_schur(

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lit_methods.optim.foundation.ranks import world_size
 from lit_methods.transport.semi_dual import (
     DenseDual,
     Point,
@@ -223,7 +224,7 @@ class SinkhornNewton(nn.Module):
     @property
     def sharded(self) -> bool:
         """Whether several ranks solve one problem together."""
-        return self.row_sharded and dist.is_available() and dist.is_initialized()
+        return self.row_sharded and world_size() > 1
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -339,7 +340,7 @@ class _Value(torch.autograd.Function):
 
 def share_of_rank(x: Tensor, sharded: bool) -> Tensor:
     """This rank's part of what all ranks hold alike."""
-    return x / dist.get_world_size() if sharded else x
+    return x / world_size() if sharded else x
 
 
 class _Solution(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_methods.optim.foundation.ranks import rank, world_size
 from lit_methods.transport.point_clouds import point_cost, tiled_value
 from lit_methods.transport.sinkhorn_newton_sparse import SinkhornNewton, sinkhorn_newton
 
@@ -128,8 +129,8 @@ class OTLoss(nn.Module):
             dtype = self.solver.dtype or torch.promote_types(x.dtype, torch.float32)
             x, y = x.to(dtype), y.to(dtype)
             all_x, all_y, all_a, all_b = x, y, a, b
-            if self.solver.row_sharded and dist.is_initialized():
-                a, b = (w if w is None else w / dist.get_world_size() for w in (a, b))
+            if self.solver.sharded:
+                a, b = (w if w is None else w / world_size() for w in (a, b))
                 all_x, all_y = _Gather.apply(x, -2), _Gather.apply(y, -2)
                 all_a, all_b = (w if w is None else _Gather.apply(w, -1) for w in (a, b))
             losses = self._transport(x, all_y, a, all_b)
@@ -152,7 +153,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
         ctx.dim = dim
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim)
 
@@ -160,7 +161,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total.chunk(dist.get_world_size(), ctx.dim)[dist.get_rank()], None
+        return total.chunk(world_size(), ctx.dim)[rank()], None
 
 
 class SinkhornAssignment(nn.Module):

@@ -74,7 +74,7 @@ def noise(patch: pytest.MonkeyPatch, runs: int, kept: Any) -> None:
         draws = torch.randn(runs * N, 26, generator=g, dtype=torch.float64)
         x.copy_(mean + std * (draws[:, :N] if x.shape[1] == N else draws[:, kept]))  # (N, N) mixes particles
 
-    patch.setattr(ParticleOptimizer, "_fill_normal", fill)
+    patch.setattr(ParticleOptimizer, "fill_normal", fill)
 
 
 def sharded() -> nn.Module:

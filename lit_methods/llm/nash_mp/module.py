@@ -303,7 +303,7 @@ class NashMP(LightningModule):
         prompts = self.encode(batch.prompts)
         generator = self._generator(self.batches_seen)
         self.batches_seen += 1
-        players, grouped = self._opponents()
+        players, grouped = self.opponents()
         drawn = self._draw([("policy", 1.0)], prompts, self.samples_per_prompt, generator)
         others = None if grouped else self._draw(players, prompts, self.samples_per_prompt, generator)
         times.generated = time.perf_counter()
@@ -315,10 +315,10 @@ class NashMP(LightningModule):
 
         judging = in_background(ask)
         with torch.no_grad():
-            ref_logps = self._score("reference", prompts, drawn)[0]
-            target_logps = None if math.isinf(self.eta) else self._score("target", prompts, drawn)[0]
+            ref_logps = self.score("reference", prompts, drawn)[0]
+            target_logps = None if math.isinf(self.eta) else self.score("target", prompts, drawn)[0]
         pref, num_pairs, times.judged = judging.result()
-        logps, entropies = self._score("policy", prompts, drawn)
+        logps, entropies = self.score("policy", prompts, drawn)
         groups = (len(batch.prompts), self.samples_per_prompt, -1)
         loss, metrics = nash_prox_loss(
             logps.view(groups),
@@ -367,8 +367,8 @@ class NashMP(LightningModule):
         prompts = self.encode(batch.prompts)
         drawn = self._draw([("policy", 1.0)], prompts, 1, self._generator(batch_idx, stream=1))
         with torch.no_grad():
-            logps, entropies = self._score("policy", prompts, drawn)
-            ref_logps, _ = self._score("reference", prompts, drawn)
+            logps, entropies = self.score("policy", prompts, drawn)
+            ref_logps, _ = self.score("reference", prompts, drawn)
         metrics = {"kl/ref": (logps - ref_logps).sum(1).mean(), **response_metrics(drawn, entropies)}
         self._log(stage, metrics, len(batch.prompts))
         return {
@@ -407,7 +407,7 @@ class NashMP(LightningModule):
         logps, _ = self.policy.score(self.encode(prompts), rows, mask)
         return -logps.sum() / mask.sum()
 
-    def _opponents(self) -> tuple[list[tuple[str, float]], bool]:
+    def opponents(self) -> tuple[list[tuple[str, float]], bool]:
         """Who is played, as (player, weight), and whether it is the policy's own group of samples."""
         if isinstance(self.mode, MirrorProx):
             return [("target" if self.phase == 0 else "opponent", 1.0)], False
@@ -428,7 +428,8 @@ class NashMP(LightningModule):
         ends = torch.tensor(self.generation.eos_token_ids, device=tokens.device)
         return Drawn(tokens, mask, self.decode(tokens, mask), (torch.isin(tokens, ends) & mask).any(1))
 
-    def _score(self, name: str, prompts: EncodedPrompts, drawn: Drawn) -> tuple[Tensor, Tensor]:
+    def score(self, name: str, prompts: EncodedPrompts, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of drawn tokens under a player, and its entropies at them, ``(rows, tokens)`` each."""
         with self.player(name) as model:
             return model.score(prompts, drawn.tokens, drawn.mask, micro_batch_size=self.loading.micro_batch_size)
 

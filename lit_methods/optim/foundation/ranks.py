@@ -1,5 +1,7 @@
 """The processes of ``torch.distributed``: one place that asks whether there are several."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +15,15 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 def rank(group: dist.ProcessGroup | None = None) -> int:
     """This rank of ``group`` (None: all); 0 without a process group."""
     return dist.get_rank(group) if world_size(group) > 1 else 0
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank passes, in the order of the ranks; anything that pickles."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def mean_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:

@@ -486,7 +486,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 def _check_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
     needed = rows * columns * dtype.itemsize
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if free is not None and needed > free:
         raise MemoryError(
             f"the window of num_grads={rows} gradients with {columns} coordinates in {dtype} needs {needed} bytes "
@@ -495,7 +495,7 @@ def _check_memory(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
         )
 
 
-def _free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be allocated, or None where that is not known."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from lit_methods.batches import EpisodeBatch, Spaces
 from lit_methods.lr_find import refuse_lr_finder
+from lit_methods.optim.foundation.ranks import mean_over_ranks, world_size
 from lit_methods.precision import load_unrounded
 from lit_methods.rl.networks import SizedNetwork
 
@@ -106,11 +106,9 @@ class Agent(LightningModule):
         Policy and critic have separate backward passes, which DistributedDataParallel's own averaging does not expect.
         """
         gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([_or_zeros(g, p).flatten() for g, p in zip(gradients, parameters, strict=True)])
-            dist.all_reduce(flat)
-            parts = (flat / dist.get_world_size()).split([p.numel() for p in parameters])
-            gradients = tuple(part.view_as(p) for part, p in zip(parts, parameters, strict=True))
+        if world_size() > 1:
+            filled = [_or_zeros(g, p) for g, p in zip(gradients, parameters, strict=True)]
+            gradients = tuple(mean_over_ranks(filled))
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g
 

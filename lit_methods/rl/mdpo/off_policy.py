@@ -156,13 +156,14 @@ class OffPolicyMDPO(Agent):
         steps: list[ActorStep] = []
 
         def closure() -> Tensor:
-            steps.append(self._actor_step(batch.observations, 1 / optimizer.param_groups[0]["step_size"], log))
+            inverse_t = 1 / optimizer.param_groups[0]["step_size"]
+            steps.append(self.actor_loss(batch.observations, self._anchor[0], inverse_t, log))
             self._differentiate(steps[-1].loss, actor_parameters)
             return steps[-1].loss
 
         actor_loss = wrapper.step(closure)
         step = steps[-1]
-        critic_loss = self._critic_loss(batch, step.values)
+        critic_loss = self.critic_loss(batch, step.values)
         self._differentiate(critic_loss, critic_parameters)
         critic_wrapper.optimizer.step()
         with torch.no_grad():
@@ -199,8 +200,15 @@ class OffPolicyMDPO(Agent):
         self._anchor = (anchor,)
         self._moving = list(self.target_value.parameters()), list(self.value.parameters())
 
-    def _actor_step(self, observations: Tensor, inverse_t: float, log: bool = True) -> ActorStep:
-        """The actor's loss for fresh actions, and what else they are good for."""
+    def actor_loss(self, observations: Tensor, anchor: nn.Module, inverse_t: float, log: bool = True) -> ActorStep:
+        """The actor's loss for fresh actions, and what else they are good for.
+
+        Args:
+            observations: ``(N, observation)``.
+            anchor: old actor, from which the divergence is measured.
+            inverse_t: ``1 / t_k``, the weight of that divergence, > 0.
+            log: whether to compute the metrics too.
+        """
         mean, log_std = self.actor(observations)
         noise = torch.randn_like(mean)
         pre_tanh = mean + log_std.exp() * noise
@@ -212,7 +220,7 @@ class OffPolicyMDPO(Agent):
         loss = (inverse_t * log_q - chosen).mean()
         anchor_weight = self.tsallis_q * (inverse_t - self.entropy_coef)
         if anchor_weight or log:
-            old_mean, old_log_std = self._anchor[0](observations)
+            old_mean, old_log_std = anchor(observations)
             old_log_prob = normal_log_prob((pre_tanh - old_mean) * (-old_log_std).exp(), old_log_std) - log_derivative
             if anchor_weight:
                 loss = loss - anchor_weight * tsallis_log(old_log_prob, self.tsallis_q).sum(-1).mean()
@@ -226,7 +234,8 @@ class OffPolicyMDPO(Agent):
                 metrics = {"entropy": -log_prob.sum(-1).mean(), "drift": drift, "value": targets.mean()}
         return ActorStep(loss, targets, metrics)
 
-    def _critic_loss(self, batch: TransitionBatch, values: Tensor) -> Tensor:
+    def critic_loss(self, batch: TransitionBatch, values: Tensor) -> Tensor:
+        """Half the squared errors of both critics and of the value, which follows ``values``, ``(N,)``."""
         with torch.no_grad():
             following = self.target_value(batch.next_observations)
             target = batch.rewards + self.gamma * (1 - batch.terminations) * following

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lit_methods.batches import RolloutBatch, Spaces
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.optim import MDPO, MDPOStepSize
+from lit_methods.optim.foundation.ranks import gather_objects, rank
 from lit_methods.rl.mdpo.agent import Agent, check_fraction, held
 from lit_methods.rl.networks import RunningMoments, all_reduce_sum
 
@@ -141,27 +141,29 @@ class OnPolicyMDPO(Agent):
 
     def forward(self, observations: Tensor) -> Tensor:
         """Most likely actions for raw observations ``(..., *observation)``."""
-        return self.policy(self._normalize(observations)).mode
+        return self.policy(self.normalize(observations)).mode
 
     @torch.no_grad()
     def act(self, observations: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
         """Actions for raw observations ``(N, *observation)``, and their log-densities ``(N,)``."""
-        policy = self.policy(self._normalize(observations))
+        policy = self.policy(self.normalize(observations))
         actions = policy.mode if deterministic else policy.sample()
         return actions, policy.log_prob(actions)
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> None:
         """One iteration."""
-        observations = self._normalize(batch.observations)
-        rewards = self._scale_rewards(batch) if self.normalize_rewards else batch.rewards
-        values, next_values = self._values(observations, batch)
+        observations = self.normalize(batch.observations)
+        rewards = self.scale_rewards(batch) if self.normalize_rewards else batch.rewards
+        values, next_values = self.values(observations, batch)
         truncations = batch.truncations if self.bootstrap_truncated else torch.zeros_like(batch.truncations)
         terminations = batch.terminations + batch.truncations - truncations
         advantages = generalized_advantages(
             rewards, values, next_values, terminations, truncations, self.gamma, self.gae_lambda
         )
         returns = (advantages + values).flatten()
-        metrics = self._update_policy(observations, batch, self._standardize(advantages))
+        if self.normalize_advantages:
+            advantages = standardized(advantages)
+        metrics = self._update_policy(observations, batch, advantages)
         metrics["value_loss"] = self._update_critic(observations.flatten(0, 1), values.flatten(), returns)
         for scheduler in self._schedulers():
             scheduler.step()
@@ -196,20 +198,20 @@ class OnPolicyMDPO(Agent):
         """Keep every rank's running discounted returns."""
         super().on_save_checkpoint(checkpoint)
         if self._discounted is not None:
-            checkpoint["discounted_returns"] = _gather_ranks(self._discounted)
+            checkpoint["discounted_returns"] = gather_objects(self._discounted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take this rank's running discounted returns."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("discounted_returns")
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._discounted = saved[rank] if saved is not None and rank < len(saved) else None
+        self._discounted = saved[rank()] if saved is not None and rank() < len(saved) else None
 
-    def _normalize(self, observations: Tensor) -> Tensor:
+    def normalize(self, observations: Tensor) -> Tensor:
+        """What the networks see of raw observations ``(..., *observation)``."""
         return self.observation_moments.normalize(observations) if self.normalize_observations else observations
 
-    def _scale_rewards(self, batch: RolloutBatch) -> Tensor:
-        """Rewards over the standard deviation of the discounted return so far."""
+    def scale_rewards(self, batch: RolloutBatch) -> Tensor:
+        """Rewards ``(T, N)`` over the standard deviation of the discounted return so far, which takes these in."""
         rewards = batch.rewards.cpu().numpy()
         goes_on = 1 - torch.maximum(batch.terminations, batch.truncations).cpu().numpy()
         running = np.zeros(rewards.shape[1], np.float32) if self._discounted is None else self._discounted.numpy()
@@ -222,24 +224,15 @@ class OnPolicyMDPO(Agent):
         return (batch.rewards * self.return_moments.inverse_std).clamp(-10, 10)
 
     @torch.no_grad()
-    def _values(self, observations: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+    def values(self, observations: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         """Values of the observations and of what truly followed them, ``(T, N)`` each."""
         ended = torch.maximum(batch.terminations, batch.truncations).bool()
         ended[-1] = True  # what follows these is not the next row
-        last = self.critic(self._normalize(batch.next_observations[ended]))
+        last = self.critic(self.normalize(batch.next_observations[ended]))
         values = self.critic(observations)
         following = values.roll(-1, 0)
         following[ended] = last.to(values.dtype)
         return values, following
-
-    def _standardize(self, advantages: Tensor) -> Tensor:
-        if not self.normalize_advantages:
-            return advantages
-        x = advantages.double()
-        total, number = all_reduce_sum(torch.stack([x.sum(), x.new_tensor(x.numel())]))
-        centred = x - total / number
-        std = (all_reduce_sum(centred.square().sum()) / number).sqrt()
-        return (centred / (std + 1e-8)).to(advantages.dtype)
 
     def _update_policy(self, observations: Tensor, batch: RolloutBatch, advantages: Tensor) -> dict[str, Tensor]:
         wrapper = self._wrapped_optimizers()[0]
@@ -284,6 +277,15 @@ class OnPolicyMDPO(Agent):
         return schedulers if isinstance(schedulers, list) else [schedulers]
 
 
+def standardized(advantages: Tensor) -> Tensor:
+    """Advantages minus their mean, over their standard deviation, both over all ranks; zeros where all are equal."""
+    x = advantages.double()
+    total, number = all_reduce_sum(torch.stack([x.sum(), x.new_tensor(x.numel())]))
+    centred = x - total / number
+    std = (all_reduce_sum(centred.square().sum()) / number).sqrt()
+    return (centred / (std + 1e-8)).to(advantages.dtype)
+
+
 def generalized_advantages(
     rewards: Tensor,
     values: Tensor,
@@ -304,11 +306,3 @@ def generalized_advantages(
     for t in range(len(deltas) - 1, -1, -1):
         deltas[t] = advantage = deltas[t] + goes_on[t] * advantage
     return torch.from_numpy(deltas).to(rewards.device)
-
-
-def _gather_ranks(x: Tensor) -> list[Tensor]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [x]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, x)
-    return parts

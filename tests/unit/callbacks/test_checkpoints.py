@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_methods.callbacks import AtomicCheckpointIO, LastCheckpoint
@@ -132,12 +132,14 @@ def test_last_is_the_last_and_best_the_best(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "here")) == ["best.ckpt", "last.ckpt"]
 
 
-class Steps(LastCheckpoint):
-    """Notes when it saves."""
+class Saves(Callback):
+    """Notes when a checkpoint is saved."""
 
-    def _save(self, trainer: Trainer) -> None:
-        super()._save(trainer)
-        self.__dict__.setdefault("steps", []).append(trainer.global_step)
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.steps.append(trainer.global_step)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +153,9 @@ class Steps(LastCheckpoint):
     ],
 )
 def test_when_it_is_written(tmp_path: Path, arguments: dict[str, Any], options: Any, steps: list[int]) -> None:
-    callback = Steps(**arguments)
-    fit(tmp_path, callback, **options)
-    assert callback.steps == steps  # type: ignore[attr-defined]
+    saves = Saves()
+    fit(tmp_path, LastCheckpoint(**arguments), saves, **options)
+    assert saves.steps == steps
     assert os.listdir(tmp_path / "checkpoints") == ["last.ckpt"]
 
 

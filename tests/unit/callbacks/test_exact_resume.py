@@ -335,16 +335,16 @@ def test_state_is_plain_data(tmp_path):
 
 
 def test_generators_round_trip():
-    from lit_methods.callbacks.exact_resume import _capture_rng, _restore_rng
+    from lit_methods.callbacks.exact_resume import capture_rng, restore_rng
 
     def draw():
         rng = np.random
         return random.gauss(0, 1), random.random(), rng.randn(), rng.rand(), torch.randn(3).tolist()
 
     draw()  # leaves half a pair of normal numbers in Python's and NumPy's generators
-    state = _capture_rng(torch.device("cpu"))
+    state = capture_rng(torch.device("cpu"))
     expected = [draw(), draw()]
-    _restore_rng(state, torch.device("cpu"))
+    restore_rng(state, torch.device("cpu"))
     assert [draw(), draw()] == expected
 
 

@@ -213,7 +213,7 @@ def test_templates_are_checked_at_construction(template: str, message: str) -> N
 def test_templates_may_write_braces_twice() -> None:
     template = 'w2 {prompt} {a} {b} {{"best": "A"}}'
     judge = PairwiseModelJudge(load_causal_lm(LLAMA), word_tokenizer(WORDS), template=template, answers=("w0", "w1"))
-    assert judge._question("p", "{x}", "y") == 'w2 p {x} y {"best": "A"}'
+    assert judge.question("p", "{x}", "y") == 'w2 p {x} y {"best": "A"}'
 
 
 @pytest.mark.parametrize("kind", ["causal", 1, 2])
@@ -314,7 +314,11 @@ def test_http_judge_batches_caches_and_sends_headers() -> None:
         assert requests[-1]["prompts"] == chat
         small = HTTPJudge(url, cache_size=1)
         assert small(PROMPTS, A, B).tolist() == [0.75, 0.25, 0.75]
-        assert len(small._cache) == 1
+        asked = len(requests)
+        assert small(PROMPTS[-1:], A[-1:], B[-1:]).tolist() == [0.75]
+        assert len(requests) == asked
+        assert small(PROMPTS[:1], A[:1], B[:1]).tolist() == [0.75]
+        assert len(requests) == asked + 1  # forgotten
 
 
 def test_http_judge_asks_several_at_a_time_and_keeps_their_order() -> None:

@@ -14,7 +14,7 @@ from lit_methods.datamodules import ReplayDataModule, RolloutDataModule
 from lit_methods.optim import MDPO
 from lit_methods.rl import OffPolicyMDPO, OnPolicyMDPO
 from lit_methods.rl.mdpo.off_policy import log_tanh_derivative, normal_log_prob, tsallis_log
-from lit_methods.rl.mdpo.on_policy import generalized_advantages
+from lit_methods.rl.mdpo.on_policy import generalized_advantages, standardized
 from lit_methods.rl.networks import (
     CategoricalPolicy,
     GaussianPolicy,
@@ -105,23 +105,26 @@ def test_tsallis_logarithm():
 
 def off_policy(**arguments) -> OffPolicyMDPO:
     torch.manual_seed(0)
-    module = OffPolicyMDPO(
+    return OffPolicyMDPO(
         TanhGaussianActor(3, 2, [16], low=[-2.0, 0.0], high=[2.0, 1.0]),
         TwinCritic(3, 2, [16]),
         ValueNetwork(3, [16]),
         **arguments,
     ).double()
-    anchor = deepcopy(module.actor).requires_grad_(False)
+
+
+def moved(actor: nn.Module, by: float) -> nn.Module:
+    """A copy whose parameters are all larger by a constant."""
+    anchor = deepcopy(actor).requires_grad_(False)
     for p in anchor.parameters():
-        p.add_(0.3)
-    module._anchor = (anchor,)
-    return module
+        p.add_(by)
+    return anchor
 
 
-def actor_gradient(module: OffPolicyMDPO, inverse_t: float) -> tuple[Tensor, list[Tensor], Tensor]:
+def actor_gradient(module: OffPolicyMDPO, inverse_t: float, by: float = 0.3) -> tuple[Tensor, list[Tensor], Tensor]:
     observations = torch.randn(20, 3, generator=torch.Generator().manual_seed(1)).double()
     torch.manual_seed(2)
-    step = module._actor_step(observations, inverse_t)
+    step = module.actor_loss(observations, moved(module.actor, by), inverse_t)
     gradient = list(torch.autograd.grad(step.loss, list(module.actor.parameters())))
     return step.loss.detach(), gradient, step.values
 
@@ -146,9 +149,7 @@ def test_sac_is_the_limit():
 def test_the_anchor_matters_away_from_the_limit():
     module = off_policy(entropy_coef=0.3)
     near, near_gradient, _ = actor_gradient(module, 1.0)
-    for p in module._anchor[0].parameters():
-        p.add_(0.5)
-    far, far_gradient, _ = actor_gradient(module, 1.0)
+    far, far_gradient, _ = actor_gradient(module, 1.0, by=0.8)
     assert near != far
     assert not torch.allclose(near_gradient[0], far_gradient[0])
 
@@ -160,7 +161,7 @@ def test_actor_loss_with_tsallis_terms():
     torch.manual_seed(2)
     mean, log_std = module.actor(observations)
     u = mean + log_std.exp() * torch.randn_like(mean)
-    old_mean, old_log_std = module._anchor[0](observations)
+    old_mean, old_log_std = moved(module.actor, 0.3)(observations)
     density, old = (
         Normal(m, s.exp()).log_prob(u).exp() / (1 - u.tanh().square())
         for m, s in ((mean, log_std), (old_mean, old_log_std))
@@ -188,7 +189,7 @@ def test_critic_loss():
     q = module.critics(observations, scaled)
     expected = 0.5 * ((q[0] - y).square().mean() + (q[1] - y).square().mean())
     expected = expected + 0.5 * (module.value(observations) - targets).square().mean()
-    torch.testing.assert_close(module._critic_loss(batch, targets), expected)
+    torch.testing.assert_close(module.critic_loss(batch, targets), expected)
 
 
 def test_critics_are_two_separate_networks():
@@ -225,7 +226,7 @@ class Recorder(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         with torch.no_grad():
-            policy = pl_module.policy(pl_module._normalize(batch.observations))
+            policy = pl_module.policy(pl_module.normalize(batch.observations))
         self.errors.append(float((policy.log_prob(batch.actions) - batch.log_probs).abs().max()))
         self.steps.append(int(batch.env_steps))
 
@@ -350,7 +351,7 @@ def test_networks_without_sizes_say_so():
     ):
         GaussianPolicy()(torch.ones(2, 3))
     module = unsized_on_policy()
-    module._trainer = SimpleNamespace(datamodule=None)
+    module.trainer = SimpleNamespace(datamodule=None)
     with pytest.raises(ValueError, match="tells no sizes: give those of policy, critic"):
         module.configure_model()
     with pytest.raises(ValueError, match="low and high must both be given"):
@@ -380,7 +381,7 @@ def fake_rollout(steps: int = 40, envs: int = 4, seed: int = 0) -> RolloutBatch:
 
 def test_values_follow_the_true_next_observation():
     module, batch = on_policy(normalize_observations=False), fake_rollout()
-    values, following = module._values(batch.observations, batch)
+    values, following = module.values(batch.observations, batch)
     ended = (batch.terminations + batch.truncations).bool()
     with torch.no_grad():
         torch.testing.assert_close(values, module.critic(batch.observations))
@@ -393,7 +394,7 @@ def test_values_follow_the_true_next_observation():
 def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
     module = on_policy(gamma=0.9)
     batches = [fake_rollout(seed=seed) for seed in (0, 1)]
-    scaled = [module._scale_rewards(batch) for batch in batches]
+    scaled = [module.scale_rewards(batch) for batch in batches]
     rewards = torch.cat([b.rewards for b in batches]).double()
     ended = torch.cat([b.terminations + b.truncations for b in batches]).bool()
     returns, running = [], torch.zeros(4).double()
@@ -406,13 +407,20 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
 
 
 def test_standardised_advantages():
-    module = on_policy()
-    found = module._standardize(5 + 2 * torch.randn(30, 4))
+    torch.manual_seed(0)
+    found = standardized(5 + 2 * torch.randn(30, 4))
     assert float(found.mean()) == pytest.approx(0, abs=1e-5)
     assert float(found.std(correction=0)) == pytest.approx(1, abs=1e-5)
-    assert torch.equal(module._standardize(torch.full((3, 2), 7.0)), torch.zeros(3, 2))  # no spread: no NaN
-    same = torch.randn(3, 2)
-    assert on_policy(normalize_advantages=False)._standardize(same) is same
+    assert torch.equal(standardized(torch.full((3, 2), 7.0)), torch.zeros(3, 2))  # no spread: no NaN
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_advantages_are_standardised_unless_told_otherwise(normalize, monkeypatch):
+    calls = []
+    monkeypatch.setattr("lit_methods.rl.mdpo.on_policy.standardized", lambda x: calls.append(x) or x)
+    with pytest.raises(RuntimeError, match="not attached"):  # at the optimizers, after the advantages
+        on_policy(normalize_advantages=normalize).training_step(fake_rollout(), 0)
+    assert len(calls) == normalize
 
 
 @pytest.mark.parametrize("bootstrap", [True, False])

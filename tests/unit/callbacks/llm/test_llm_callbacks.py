@@ -109,6 +109,8 @@ def test_win_rates_against_everybody(tmp_path: Path) -> None:
         texts={"best": "w0 w1 w2", "worst_words": "w9 w9"},
         num_bootstrap=50,
     )
+    module.configure_model()
+    policy = module.policy
     metrics = fit(tmp_path, module, [callback], steps=1).callback_metrics
     for name in ("reference", "target", "step=1", "folder", "best", "worst_words"):
         assert metrics[f"val/win_rate_low/{name}"] <= metrics[f"val/win_rate/{name}"]
@@ -117,8 +119,8 @@ def test_win_rates_against_everybody(tmp_path: Path) -> None:
     assert metrics["val/win_rate/worst_words"] > 0.5
     assert 0 < metrics["val/win_rate_lc/reference"] < 1
     # the policy is back in its place, and plays itself from its checkpoint with other draws
-    assert module.policy is not callback._loaded[path]
-    assert len(callback._records["reference"]) == 8
+    assert module.policy is policy
+    assert len(callback.records["reference"]) == 8
 
 
 def test_policy_against_itself_is_a_tie() -> None:
@@ -129,7 +131,7 @@ def test_policy_against_itself_is_a_tie() -> None:
     callback = WinRate(["reference"])
     outputs = module.validation_step(next(iter(data.train_dataloader())), 0)
     callback.on_validation_batch_end(L.Trainer(logger=False), module, outputs, None, 0)
-    wins = torch.tensor([record[1] for record in callback._records["reference"]], dtype=torch.float64)
+    wins = torch.tensor([record[1] for record in callback.records["reference"]], dtype=torch.float64)
     low, high = bootstrap_interval(wins, 0.999, 500)
     assert low < 0.5 < high
     assert wins.std() > 0.1  # other draws than its own
@@ -200,7 +202,7 @@ def test_an_adapter_folder_plays_as_an_opponent(tmp_path: Path) -> None:
     module = build(model=path, tokenizer=None)
     callback = WinRate([str(tmp_path / "adapter"), str(tmp_path / "merged"), path])
     fit(tmp_path, module, [callback], steps=1)
-    records = callback._records
+    records = callback.records
     assert records["adapter"] == records["merged"] != records["base"]
 
 

@@ -186,12 +186,12 @@ def test_more_gradients_as_sparsity_grows():
     counts = []
 
     class Counting(MFACPruning):
-        def _prune_to(self, sparsity: float, gradients: Any, distributed: bool = False) -> None:
+        def prune_to(self, sparsity: float, gradients: Any, distributed: bool = False) -> None:
             def counted(m: int, *args: Any) -> Tensor:
                 counts.append(m)
                 return gradients(m, *args)
 
-            super()._prune_to(sparsity, counted, distributed)
+            super().prune_to(sparsity, counted, distributed)
 
     pruner = Counting(0.9, num_grads={0.0: 4, 0.5: 8, 0.8: 12}, recomputations=6)
     pruner.prune(toy_net(), mean_loss, DataLoader(toy_data(), batch_size=8), 0.9)
@@ -282,10 +282,10 @@ def test_pruning_disturbs_nothing_else():
     """A run that 'prunes' to sparsity 0, taking gradients on the way, equals the run without it bit for bit."""
 
     class Look(MFACPruning):
-        def _prune_to(self, sparsity: float, gradients: Any, distributed: bool = False) -> None:
+        def prune_to(self, sparsity: float, gradients: Any, distributed: bool = False) -> None:
             kept = torch.arange(3)
             taken.append(gradients(6, list(self._weights.values()), kept))
-            super()._prune_to(sparsity, gradients, distributed)
+            super().prune_to(sparsity, gradients, distributed)
 
     taken: list[Tensor] = []
     results = []

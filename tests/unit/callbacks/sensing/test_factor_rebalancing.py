@@ -60,9 +60,9 @@ def test_fires_between_steps_when_gradients_accumulate(tmp_path):
     fired = []
 
     class Recorded(FactorRebalancing):
-        def _fire(self, trainer, pl_module):
+        def fire(self, trainer, pl_module):
             fired.append(trainer.global_step)
-            super()._fire(trainer, pl_module)
+            super().fire(trainer, pl_module)
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -226,7 +226,7 @@ def rebalance_sharded(rank: int) -> list[torch.Tensor]:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     trainer = SimpleNamespace(world_size=2, is_global_zero=rank == 0, optimizers=[optimizer], global_step=1)
-    FactorRebalancing("(.*)lora_B(.*)", r"\1lora_A\2", True, at_step=1, beta=2.0)._fire(trainer, module)
+    FactorRebalancing("(.*)lora_B(.*)", r"\1lora_A\2", True, at_step=1, beta=2.0).fire(trainer, module)
     assert not optimizer.state
     return weights + [p.full_tensor() for p in module.parameters()]
 

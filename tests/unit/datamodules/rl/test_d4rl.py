@@ -1,6 +1,7 @@
 import importlib.metadata
 import itertools
 import os
+import re
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -52,7 +53,7 @@ def loop_over_rows(arrays, terminate_on_end=False, max_episode_steps=None):
 
 def packed(data: D4RLDataModule) -> list[np.ndarray]:
     data.setup("fit")
-    observations, actions, rewards, following, terminations = data._transitions.rows.split(data._transitions.widths, 1)
+    observations, actions, rewards, following, terminations = data.transitions.rows.split(data.transitions.widths, 1)
     return [x.numpy() for x in (observations, actions, rewards[:, 0], following, terminations[:, 0])]
 
 
@@ -311,7 +312,8 @@ def test_missing_data_sets_say_what_to_do(tmp_path, monkeypatch):
     ):
         D4RLDataModule("hopper")
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
-    assert D4RLDataModule("pen-human-v1")._d4rl_path() == tmp_path / "cache" / "pen-human-v1.hdf5"
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "cache" / "pen-human-v1.hdf5"))):
+        D4RLDataModule("pen-human-v1").setup("fit")
 
 
 def test_files_without_next_observations_refuse_stored(tmp_path):

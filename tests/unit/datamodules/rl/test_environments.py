@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -21,14 +22,19 @@ class Counter(gym.Env):
         self.observation_space = observation_space or gym.spaces.Box(-np.inf, np.inf, (2,))
         self.action_space = action_space or gym.spaces.Box(-1, 1, (1,))
 
+    actions: ClassVar[list[float]] = []  # of all counters
+    seeds: ClassVar[list[int]] = []
+
     def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.seeds.append(seed)
         super().reset(seed=seed)
         self.start, self.steps = self.np_random.random(), 0
         return self._observe(), {"noise": 1}
 
     def step(self, action):
         self.steps += 1
-        self.action = action
+        self.actions.append(float(action[0]))
         return self._observe(), float(self.steps), self.steps == self.end or bool(action[0] > 0.5), False, {}
 
     def _observe(self):
@@ -89,7 +95,7 @@ def test_actions_are_clipped_on_their_way_only():
     data = with_agent(RolloutDataModule(Counter, num_envs=1, rollout_steps=1), Agent(-7.0))
     batch = next(iter(data.train_dataloader()))
     assert float(batch.actions) == -7
-    assert data._collector.envs.envs[0].unwrapped.action == -1
+    assert Counter.actions[-1] == -1
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
@@ -219,12 +225,14 @@ def test_evaluation_plays_whole_episodes_from_fixed_seeds():
 
 
 def test_ranks_share_the_evaluation_episodes():
-    seeds = []
+    played = []
     for rank in range(3):
-        data = RolloutDataModule(Counter, num_eval_episodes=7)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=3)
-        seeds.append(data._eval_seeds(0))
-    assert sorted(s for part in seeds for s in part) == list(range(7))
+        data = with_agent(RolloutDataModule(Counter, num_eval_episodes=7))
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=3, lightning_module=Agent())
+        Counter.seeds.clear()
+        next(iter(data.val_dataloader()))
+        played += sorted(set(range(1_000_000, 1_000_007)) & set(Counter.seeds))
+    assert sorted(played) == list(range(1_000_000, 1_000_007))
 
 
 def test_modules_that_cannot_act_are_refused():
@@ -242,7 +250,7 @@ def test_training_steps_can_be_recorded(tmp_path):
     data.teardown("fit")
     offline = D4RLDataModule(path, next_observations="stored")
     offline.setup("fit")
-    rows = offline._transitions.rows
+    rows = offline.transitions.rows
     expected = torch.cat([torch.cat([b.observations, b.next_observations], 2) for b in batches]).transpose(0, 1)
     assert torch.equal(torch.cat([rows[:, :2], rows[:, 4:6]], 1), expected.reshape(20, 4))
     shifted = D4RLDataModule(path)

@@ -88,9 +88,9 @@ def test_players_are_equal_at_the_start(options: dict[str, Any]) -> None:
     encoded = module.encode(list(PROMPTS))
     responses = drawn_tokens()
     with torch.no_grad():
-        policy = module._score("policy", encoded, responses)[0]
+        policy = module.score("policy", encoded, responses)[0]
         for name in ("reference", *module.frozen_players):
-            assert torch.equal(module._score(name, encoded, responses)[0], policy), name
+            assert torch.equal(module.score(name, encoded, responses)[0], policy), name
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -102,7 +102,7 @@ def test_adapters_and_copies_are_isolated(lora: dict[str, Any] | None) -> None:
 
     def scores(name: str) -> Tensor:
         with torch.no_grad():
-            return module._score(name, encoded, responses)[0]
+            return module.score(name, encoded, responses)[0]
 
     start = {name: scores(name) for name in ["policy", *names]}
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_kappa_one_makes_the_target_the_policy(tmp_path: Path) -> None:
     with torch.no_grad():
         encoded = module.encode(list(PROMPTS))
         drawn = drawn_tokens()
-        ratio = module._score("policy", encoded, drawn)[0] - module._score("target", encoded, drawn)[0]
+        ratio = module.score("policy", encoded, drawn)[0] - module.score("target", encoded, drawn)[0]
     assert ratio.abs().max() == 0
 
 
@@ -219,7 +219,7 @@ def test_mirror_prox_phases(tmp_path: Path, lora: dict[str, Any] | None) -> None
 
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-            history.append((module._opponents()[0][0][0], module.phase))
+            history.append((module.opponents()[0][0][0], module.phase))
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             states[batch_idx] = {name: weights(module, name) for name in ("policy", "target", "opponent")}
@@ -331,7 +331,7 @@ def test_metrics_are_made_at_logging_steps_only(tmp_path: Path) -> None:
 def test_the_judge_answers_while_the_frozen_players_score() -> None:
     module = build()
     scoring = threading.Event()
-    score = module._score
+    score = module.score
 
     def watched(name: str, *arguments: Any) -> Any:
         scoring.set()
@@ -341,7 +341,7 @@ def test_the_judge_answers_while_the_frozen_players_score() -> None:
         assert scoring.wait(timeout=60), "nobody scored before the judge had answered"
         return [0.5] * len(a)
 
-    module._score, module.judge = watched, judge  # type: ignore[method-assign,assignment]
+    module.score, module.judge = watched, judge  # type: ignore[method-assign,assignment]
     module.training_step(BATCH, 0)
     module.judge = lambda *_: [2.0]
     with pytest.raises(ValueError, match="shape"):  # its errors arrive
@@ -358,7 +358,7 @@ def test_reference_from_another_folder(tmp_path: Path, lora: dict[str, Any] | No
 
     def scores(module: NashMP, name: str) -> Tensor:
         with torch.no_grad():
-            return module._score(name, encoded, tokens)[0]
+            return module.score(name, encoded, tokens)[0]
 
     assert torch.equal(scores(module, "reference"), scores(other, "policy"))
     assert not torch.allclose(scores(module, "policy"), scores(other, "policy"), atol=0.1)
@@ -566,7 +566,11 @@ def test_players_and_stages_draw_from_streams_of_their_own() -> None:
     answers = [module.respond(many, player, seed=5)[0] for player in ("policy", "reference", "target", "opponent")]
     answers.append(module.respond(many, "policy", seed=6)[0])
     answers.append(module.validation_step(PromptBatch(many, [], torch.arange(len(many))), 5)["responses"])
-    training = module._draw([("policy", 1.0)], module.encode(many), 1, module._generator(5)).texts
+    asked: list[list[str]] = []
+    module.judge = lambda prompts, a, b: asked.append(list(a)) or [0.5] * len(a)  # type: ignore[func-returns-value]
+    module.batches_seen = 5
+    module.training_step(PromptBatch(many, [], torch.arange(len(many))), 0)
+    training = asked[0]
     for index, one in enumerate([*answers, training]):
         for other in [*answers, training][:index]:
             assert one != other  # equal weights, other draws
@@ -675,7 +679,7 @@ def greedy(module: NashMP, player: str) -> Tensor:
     tokens = torch.arange(2, 10).repeat(len(PROMPTS), 1)
     full = Drawn(tokens, torch.ones_like(tokens, dtype=torch.bool), [], torch.zeros(len(PROMPTS), dtype=torch.bool))
     with torch.no_grad():
-        return module._score(player, module.encode(list(PROMPTS)), full)[0]
+        return module.score(player, module.encode(list(PROMPTS)), full)[0]
 
 
 @pytest.mark.parametrize("lora", [None, LORA])

@@ -619,7 +619,7 @@ def test_without_saved_history_the_window_restarts():
 
 
 def test_too_large_a_window_is_refused_with_its_size_and_the_cures(monkeypatch):
-    monkeypatch.setattr("lit_methods.optim.mfac.optimizer._free_bytes", lambda device: 10_000)
+    monkeypatch.setattr("lit_methods.optim.mfac.optimizer.free_bytes", lambda device: 10_000)
     p = nn.Parameter(torch.zeros(1000))
     p.grad = torch.ones(1000)
     with pytest.raises(
@@ -630,10 +630,10 @@ def test_too_large_a_window_is_refused_with_its_size_and_the_cures(monkeypatch):
 
 
 def test_free_memory_is_known_here():
-    from lit_methods.optim.mfac.optimizer import _free_bytes
+    from lit_methods.optim.mfac.optimizer import free_bytes
 
-    assert (_free_bytes(torch.device("cpu")) or 2**40) > 2**20
-    assert _free_bytes(torch.device("meta")) is None
+    assert (free_bytes(torch.device("cpu")) or 2**40) > 2**20
+    assert free_bytes(torch.device("meta")) is None
 
 
 def test_momentum_switched_on_by_a_scheduler():
