@@ -1,6 +1,16 @@
 from .conditioning import Conditioning as Conditioning
 from .conditioning import Labels as Labels
 from .conditioning import Vectors as Vectors
+from .dale_langevin import DLS as DLS
+from .dale_langevin import UMS as UMS
+from .dale_langevin import Annealing as Annealing
+from .dale_langevin import GeometricBrownian as GeometricBrownian
+from .dale_langevin import LogNetwork as LogNetwork
+from .dale_langevin import MultiplicativeDiffusion as MultiplicativeDiffusion
+from .dale_langevin import NoiseVariance as NoiseVariance
+from .dale_langevin import PositiveData as PositiveData
+from .dale_langevin import PowerTimes as PowerTimes
+from .dale_langevin import nonneg_score_matching_loss as nonneg_score_matching_loss
 from .denoiser import Denoiser as Denoiser
 from .diffusion import Diffusion as Diffusion
 from .diffusion import denoising_loss as denoising_loss

@@ -1,9 +1,31 @@
 """Cases of the family: dale_langevin."""
 
+from typing import Any
+
+import torch
+
 from lit_methods.callbacks import DaleMonitor
 from lit_methods.datamodules import SparseTeacherDataModule
+from lit_methods.diffusion import (
+    GeometricBrownian,
+    MultiplicativeDiffusion,
+    PositiveData,
+    PowerTimes,
+    Sampling,
+    TimeMLP,
+)
 from lit_methods.optim import AdamWExponentiated, ExponentiatedGradient, SignConstrainedSGD
-from tests.contract.cases.kinds import LOADER_ARGUMENTS, TINY, CallbackCase, DataModuleCase, OptimizerCase, RecipeCase
+from tests.contract.cases.kinds import (
+    ADAM,
+    LOADER_ARGUMENTS,
+    TINY,
+    CallbackCase,
+    DataModuleCase,
+    ModuleCase,
+    OptimizerCase,
+    RecipeCase,
+    class_config,
+)
 
 _MOMENTUM = {"momentum": 0.5, "weight_decay": 1e-3}
 _BAD_MOMENTUM = [
@@ -20,6 +42,54 @@ _BAD_EXPONENTIATED = [
     ({"on_zero": "stop"}, "on_zero must be"),
     ({"on_zero": "raise"}, "holds 2 zeros"),
 ]
+
+_NET = class_config("lit_methods.diffusion.TimeMLP", shape=[1, 8, 8], width=16, num_classes=10)
+
+
+def _model(**arguments: Any) -> MultiplicativeDiffusion:
+    return MultiplicativeDiffusion(TimeMLP([2], width=8), shape=[2], **arguments)
+
+
+MODULES: dict[str, ModuleCase] = {
+    "lit_methods.diffusion.MultiplicativeDiffusion": ModuleCase(
+        config={
+            "model": class_config(
+                "lit_methods.diffusion.MultiplicativeDiffusion",
+                net=_NET,
+                shape=[1, 8, 8],
+                process={"mu": 0.1, "volatility": [0.7]},
+                data={"prior": "channel", "max_batches": 2},
+                prediction="hyvarinen",
+                weighting=class_config("lit_methods.diffusion.NoiseVariance"),
+                time_sampler=class_config("lit_methods.diffusion.PowerTimes", power=2.0),
+                conditioning=class_config("lit_methods.diffusion.Labels", num_classes=10),
+                sampling={"solver": class_config("lit_methods.diffusion.UMS"), "steps": 3, "guidance": 2.0},
+                optimizer=ADAM,
+                lr_scheduler=class_config("torch.optim.lr_scheduler.StepLR", step_size=2),
+            ),
+            "data": class_config("lit_methods.datamodules.DigitsDataModule", batch_size=32),
+        },
+        make=lambda: _model(sampling=Sampling("ddim", steps=2)),
+        forward_inputs=lambda: (torch.ones(3, 2), torch.tensor([0.1, 0.5, 0.9])),
+        bad=[
+            (lambda: MultiplicativeDiffusion(TimeMLP([2]), shape=[]), "shape must hold"),
+            (lambda: _model(process=GeometricBrownian(volatility=0.0)), "volatility must be > 0 and finite"),
+            (lambda: _model(process=GeometricBrownian(mu=float("nan"))), "mu must be finite"),
+            (lambda: _model(process=GeometricBrownian(t_max=0.0)), "t_max must be"),
+            (lambda: _model(process=GeometricBrownian(t_min=2.0)), "t_min must be"),
+            (lambda: _model(data=PositiveData(shift=-1.0)), "shift must be"),
+            (lambda: _model(data=PositiveData(range=(2.0, 1.0))), "range must be"),
+            (lambda: _model(data=PositiveData(prior="row")), "prior must be"),  # type: ignore[arg-type]
+            (lambda: _model(data=PositiveData(max_batches=0)), "max_batches must be"),
+            (lambda: _model(prediction="score"), "prediction must be one of"),
+            (lambda: _model(network_input="sqrt"), "network_input must be one of"),
+            (lambda: _model(weighting="paper"), "weighting must be one of"),
+            (lambda: _model(time_sampler=PowerTimes(0.0)), "power must be"),
+            (lambda: _model(sampling=Sampling("adls")), "solver must be one of"),
+            (lambda: _model(seed=-1), "seed must be"),
+        ],
+    ),
+}
 
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.ExponentiatedGradient": OptimizerCase(
