@@ -20,4 +20,5 @@ from .rl import PolicyFrames as PolicyFrames
 from .sensing import FactorRebalancing as FactorRebalancing
 from .sso import SurrogateMonitor as SurrogateMonitor
 from .sso import TargetCapture as TargetCapture
+from .submodule_ema import SubmoduleEMA as SubmoduleEMA
 from .transport import TransportTable as TransportTable

@@ -20,6 +20,7 @@ from lit_methods.diffusion.conditioning import Conditioning
 from lit_methods.diffusion.denoiser import Denoiser
 from lit_methods.diffusion.grids import Grid
 from lit_methods.diffusion.guidance import Guidance
+from lit_methods.diffusion.likelihood import nll
 from lit_methods.diffusion.predictions import combine, point_at
 from lit_methods.diffusion.processes import Generators, Process, draw_noise
 from lit_methods.diffusion.sampling import Sampling, sample
@@ -208,6 +209,10 @@ class Diffusion(LightningModule):
             x_init=x_init,
             device=self.device,
         )
+
+    def nll(self, x: Tensor, cond: Any = None, *, steps: int = 100, probes: int | None = 1) -> Tensor:
+        """Negative log-likelihood of samples in nats, ``(batch,)``; see :func:`lit_methods.diffusion.nll`."""
+        return nll(self.denoiser, x, cond, steps=steps, probes=probes, generator=self._stream("nll"))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The injected optimizer, with the injected schedule if there is one."""

@@ -2,8 +2,9 @@
 
 import torch
 
+from lit_methods.callbacks import SubmoduleEMA
 from lit_methods.diffusion import Diffusion, Labels, MinSNR, Sampling, TimeMLP
-from tests.contract.cases.kinds import ADAM, ModuleCase, class_config
+from tests.contract.cases.kinds import ADAM, CallbackCase, ModuleCase, class_config
 
 _NET = class_config("lit_methods.diffusion.TimeMLP", shape=[1, 8, 8], width=16, num_classes=10)
 _LABELS = class_config("lit_methods.diffusion.Labels", num_classes=10)
@@ -40,6 +41,21 @@ MODULES: dict[str, ModuleCase] = {
             (lambda: Diffusion(TimeMLP([2]), conditioning=Labels(0)), "num_classes must be"),
             (lambda: Diffusion(TimeMLP([2]), clip_x0=(1.0, 0.0)), "clip_x0 must be"),
             (lambda: Diffusion(TimeMLP([2]), seed=-1), "seed must be"),
+        ],
+    ),
+}
+
+
+CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.SubmoduleEMA": CallbackCase(
+        lambda: SubmoduleEMA("layer", decays=[0.9, 0.99]),
+        bad=[
+            (lambda: SubmoduleEMA(decays=[]), "decays must be"),
+            (lambda: SubmoduleEMA(decays=[1.0]), "decays must be"),
+            (lambda: SubmoduleEMA(decays=[-1.0], schedule="power"), "decays must be"),
+            (lambda: SubmoduleEMA(evaluate=1), "evaluate must be"),
+            (lambda: SubmoduleEMA(start_step=-1), "start_step must be"),
+            (lambda: SubmoduleEMA(schedule="cosine"), "schedule must be"),
         ],
     ),
 }
