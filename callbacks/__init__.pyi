@@ -5,6 +5,9 @@ from .checkpoints import LastCheckpoint as LastCheckpoint
 from .convergence_curves import ConvergenceCurves as ConvergenceCurves
 from .convergence_rates import ConvergenceRates as ConvergenceRates
 from .dale import DaleMonitor as DaleMonitor
+from .diffusion import RestorationGrid as RestorationGrid
+from .diffusion import SampleGrid as SampleGrid
+from .diffusion import SampleQuality as SampleQuality
 from .exact_resume import ExactResume as ExactResume
 from .learning_curves import LearningCurves as LearningCurves
 from .llm import ExportHF as ExportHF

@@ -1,6 +1,7 @@
 """Data drawn from a formula."""
 
 from lit_methods.datamodules.synthetic.matrix_factorization import MatrixFactorizationDataModule
+from lit_methods.datamodules.synthetic.mixture2d import Mixture2DDataModule
 from lit_methods.datamodules.synthetic.online_streams import DriftingDigitsDataModule, SEADataModule
 from lit_methods.datamodules.synthetic.sensing import SensingDataModule
 from lit_methods.datamodules.synthetic.sparse_teacher import SparseTeacherDataModule
@@ -8,6 +9,7 @@ from lit_methods.datamodules.synthetic.sparse_teacher import SparseTeacherDataMo
 __all__ = [
     "DriftingDigitsDataModule",
     "MatrixFactorizationDataModule",
+    "Mixture2DDataModule",
     "SEADataModule",
     "SensingDataModule",
     "SparseTeacherDataModule",

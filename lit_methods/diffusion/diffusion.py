@@ -23,7 +23,7 @@ from lit_methods.diffusion.guidance import Guidance
 from lit_methods.diffusion.likelihood import nll
 from lit_methods.diffusion.predictions import combine, point_at
 from lit_methods.diffusion.processes import Generators, Process, draw_noise
-from lit_methods.diffusion.sampling import Sampling, sample
+from lit_methods.diffusion.sampling import OnStep, Sampling, sample
 from lit_methods.diffusion.solvers import Solver
 from lit_methods.diffusion.streams import check_seed, stream
 from lit_methods.diffusion.time_samplers import TimeSampler, as_time_sampler
@@ -174,6 +174,7 @@ class Diffusion(LightningModule):
         generator: Generators = None,
         x_init: Tensor | None = None,
         shape: Sequence[int] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Make samples; what is left out is as in ``sampling``.
 
@@ -189,6 +190,7 @@ class Diffusion(LightningModule):
             generator: source of randomness; a list has one for each sample.
             x_init: noise to start from.
             shape: of one sample; default: that of the training data.
+            on_step: called with the time, the noisy and the predicted clean samples whenever the network was.
 
         Raises:
             ValueError: an argument out of range, or no shape is known.
@@ -208,6 +210,7 @@ class Diffusion(LightningModule):
             generator=generator,
             x_init=x_init,
             device=self.device,
+            on_step=on_step,
         )
 
     def nll(self, x: Tensor, cond: Any = None, *, steps: int = 100, probes: int | None = 1) -> Tensor:

@@ -13,6 +13,8 @@ from lit_methods.diffusion.guidance import ClassifierFree, Guidance
 from lit_methods.diffusion.processes import Generators, Process, as_process, draw_noise
 from lit_methods.diffusion.solvers import Solver, as_solver, nodes
 
+OnStep = Callable[[float, Tensor, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -53,7 +55,7 @@ def sample(
     x_init: Tensor | None = None,
     process: str | Process | None = None,
     times: Sequence[float] | Tensor | None = None,
-    on_step: Callable[[float, Tensor, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:

@@ -1,7 +1,7 @@
 """The multiplicative model as a LightningModule."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, cast
@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -17,11 +18,12 @@ from lit_methods.diffusion.conditioning import Conditioning
 from lit_methods.diffusion.dale_langevin.losses import check_positive_data
 from lit_methods.diffusion.dale_langevin.network import PRIORS, LogNetwork, log_moments
 from lit_methods.diffusion.dale_langevin.process import GeometricBrownian
-from lit_methods.diffusion.dale_langevin.samplers import DLS
+from lit_methods.diffusion.dale_langevin.samplers import DLS, UMS
 from lit_methods.diffusion.denoiser import Denoiser
 from lit_methods.diffusion.diffusion import denoising_loss
 from lit_methods.diffusion.grids import Grid
 from lit_methods.diffusion.guidance import Guidance
+from lit_methods.diffusion.likelihood import nll
 from lit_methods.diffusion.processes import Generators, draw_noise
 from lit_methods.diffusion.sampling import Sampling, sample
 from lit_methods.diffusion.solvers import Solver
@@ -209,6 +211,14 @@ class MultiplicativeDiffusion(LightningModule):
         """Log the loss."""
         self._evaluate(batch, batch_idx, "test")
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the clamped share of samples that a callback made."""
+        self._log_clamped("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the clamped share of samples that a callback made."""
+        self._log_clamped("test")
+
     def predict_step(self, batch: SupervisedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """A sample for each row of the batch."""
         x, cond = self._split(batch)
@@ -226,36 +236,52 @@ class MultiplicativeDiffusion(LightningModule):
         grid: str | Grid | None = None,
         generator: Generators = None,
         x_init: Tensor | None = None,
+        on_step: Callable[[float, Tensor, Tensor], None] | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Tensor:
         """Make samples in units of the data; what is left out is as in ``sampling``.
 
         Args:
             n: number of samples, >= 1.
             cond: one condition per sample.
-            solver: :class:`DLS`, :class:`UMS`, or any other of this package, such as "ddim" or "dpmpp_2m".
+            solver: :class:`DLS` or "dls", :class:`UMS` or "ums", or any other of this package, such as "ddim" or
+                "dpmpp_2m".
             steps: number of steps, >= 1.
             guidance: an object, or the scale of classifier-free guidance.
             grid: where the steps lie.
             generator: source of randomness; a list has one for each sample.
             x_init: samples at the last time to start from, instead of log-normal noise of the data's moments; the
                 authors' start from class averages is :meth:`diffuse` of these.
+            on_step: called with the time, the noisy and the predicted clean samples whenever the network was.
+            shape: of one sample; that of the model, the only one it can make.
 
         Raises:
             ValueError: an argument out of range.
-            RuntimeError: the moments of the data are not known.
         """
         if n < 1:
             raise ValueError(f"n must be >= 1, got {n}")
+        if shape is not None and tuple(shape) != self.shape:
+            raise ValueError(f"shape must be that of the model, {self.shape}, got {tuple(shape)}")
         settings = self.sampling
+        solver = settings.solver if solver is None else solver
+        if isinstance(solver, str) and solver in ("dls", "ums"):
+            solver = DLS() if solver == "dls" else UMS()
+
+        def in_units_of_data(t: float, y: Tensor, y0: Tensor) -> None:
+            assert on_step is not None
+            shift = self.data.shift
+            on_step(t, self.process.from_log(y, t) - shift, self.process.from_log(y0, 0.0) - shift)
+
         y = sample(
             self.denoiser,
-            solver=settings.solver if solver is None else solver,
+            solver=solver,
             steps=settings.steps if steps is None else steps,
             guidance=settings.guidance if guidance is None else guidance,
             grid=settings.grid if grid is None else grid,
             cond=cond,
             generator=generator,
             x_init=self._start(n, generator) if x_init is None else self._last(x_init),
+            on_step=None if on_step is None else in_units_of_data,
         )
         return self._from_log(y)
 
@@ -271,6 +297,38 @@ class MultiplicativeDiffusion(LightningModule):
         x = self._positive(x)
         times = torch.full(x.shape[:1], self.process.t_max if t is None else t, device=x.device)
         return self.process.diffuse(x, draw_noise(x.shape, generator, x.device, x.dtype), times) - self.data.shift
+
+    def log_prob(
+        self,
+        x: Tensor,
+        cond: Any = None,
+        *,
+        steps: int = 100,
+        grid: str | Grid | None = "karras",
+        probes: int | None = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Log-density of data in nats, by the ODE from the data to the noise that sampling starts from.
+
+        Args:
+            x: data ``(batch, *shape)``.
+            cond: what the model is told of them.
+            steps: steps of the ODE, >= 1; each costs two calls of the network and their gradients.
+            grid: where they lie.
+            probes: random vectors of signs that estimate the divergence; ``None``: exactly, at a gradient a value.
+            generator: source of the probes.
+
+        Returns:
+            ``(batch,)``, a density in units of the data.
+        """
+        self._check_moments()
+        x = self._positive(x)
+        _, scale = self.process.drift_and_scale(0.0, x)
+        y = self.process.to_log(x, 0.0)
+        nats = nll(
+            self.denoiser, y, cond, steps=steps, grid=grid, probes=probes, generator=generator, prior=self._prior_nats
+        )
+        return -nats - (x * scale).log().flatten(1).sum(1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The injected optimizer, with the injected schedule if there is one."""
@@ -291,12 +349,27 @@ class MultiplicativeDiffusion(LightningModule):
         for name, value in checkpoint["multiplicative_diffusion"].items():
             setattr(self, name, value)
 
+    def _check_moments(self) -> None:
+        if not self.network.log_count:
+            rank_zero_warn(
+                "the moments of the data are not known, so samples start from a wrong noise: fit the model, or call "
+                "fit_moments first"
+            )
+
     def _start(self, n: int, generator: Generators) -> Tensor:
         """Log-normal noise with the moments of the data at the last time, in ``y``."""
-        if not self.network.log_count:
-            raise RuntimeError("the moments of the data are not known: fit the model, or call fit_moments first")
+        self._check_moments()
         z = draw_noise((n, *self.shape), generator, self.device)
-        return self.network.log_mean + self.network.spread(torch.tensor(self.process.t_max, device=z.device), z) * z
+        return self.network.log_mean + self._last_spread(z) * z
+
+    def _prior_nats(self, y: Tensor) -> Tensor:
+        """Negative log-density of what :meth:`_start` draws."""
+        spread = self._last_spread(y)
+        squares = ((y - self.network.log_mean) / spread).square()
+        return (0.5 * squares + 0.5 * math.log(2 * math.pi) + spread.log()).flatten(1).sum(1)
+
+    def _last_spread(self, y: Tensor) -> Tensor:
+        return self.network.spread(torch.tensor(self.process.t_max, device=y.device), y)
 
     def _last(self, x: Tensor) -> Tensor:
         return self.process.to_log(self._positive(x).to(self.device), self.process.t_max)
@@ -316,6 +389,11 @@ class MultiplicativeDiffusion(LightningModule):
         name = f"x + shift with shift={self.data.shift:g}" if self.data.shift else "x with shift=0"
         check_positive_data(shifted, name, "give PositiveData a larger shift, or drop such rows")
         return shifted
+
+    def _log_clamped(self, stage: str) -> None:
+        if self.clamped is not None:
+            self.log(f"{stage}/clamped", self.clamped, sync_dist=True)
+            self.clamped = None
 
     def _split(self, batch: SupervisedBatch) -> tuple[Tensor, Any]:
         return batch[0], None if self.denoiser.conditioning is None else batch[1]

@@ -3,8 +3,9 @@
 import torch
 
 from lit_methods.callbacks import SubmoduleEMA
+from lit_methods.datamodules import Mixture2DDataModule
 from lit_methods.diffusion import Diffusion, Labels, MinSNR, Sampling, TimeMLP
-from tests.contract.cases.kinds import ADAM, CallbackCase, ModuleCase, class_config
+from tests.contract.cases.kinds import ADAM, LOADER_ARGUMENTS, CallbackCase, DataModuleCase, ModuleCase, class_config
 
 _NET = class_config("lit_methods.diffusion.TimeMLP", shape=[1, 8, 8], width=16, num_classes=10)
 _LABELS = class_config("lit_methods.diffusion.Labels", num_classes=10)
@@ -56,6 +57,21 @@ CALLBACKS: dict[str, CallbackCase] = {
             (lambda: SubmoduleEMA(evaluate=1), "evaluate must be"),
             (lambda: SubmoduleEMA(start_step=-1), "start_step must be"),
             (lambda: SubmoduleEMA(schedule="cosine"), "schedule must be"),
+        ],
+    ),
+}
+
+
+DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.Mixture2DDataModule": DataModuleCase(
+        lambda folder, **arguments: Mixture2DDataModule(**({"batch_size": 16} | arguments)),
+        bad=[
+            *LOADER_ARGUMENTS,
+            ({"modes": 0}, "modes=0: must be"),
+            ({"radius": -1.0}, "radius=-1.0: must be"),
+            ({"std": 0.0}, "std=0.0: must be"),
+            ({"train_size": 0}, "train_size=0: must be"),
+            ({"test_size": -1}, "test_size=-1: must be"),
         ],
     ),
 }
