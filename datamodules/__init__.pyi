@@ -3,6 +3,7 @@ from .images import CIFAR100DataModule as CIFAR100DataModule
 from .images import DigitPointsDataModule as DigitPointsDataModule
 from .images import DigitsDataModule as DigitsDataModule
 from .images import FashionMNISTDataModule as FashionMNISTDataModule
+from .images import KMNISTDataModule as KMNISTDataModule
 from .images import MNISTDataModule as MNISTDataModule
 from .interactions import InteractionsDataModule as InteractionsDataModule
 from .interactions import MovieLensDataModule as MovieLensDataModule

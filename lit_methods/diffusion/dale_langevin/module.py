@@ -87,15 +87,15 @@ class MultiplicativeDiffusion(LightningModule):
         >>> model = MultiplicativeDiffusion(TimeMLP([1, 8, 8]), shape=[1, 8, 8])
 
     Args:
-        net: ``net(x, t)``, or ``net(x, t, cond)``, that gives a prediction shaped like ``x``; times in ``[t_min,
-            t_max]`` of the process.
+        net: ``net(seen, time)``, or ``net(seen, time, cond)``, that gives a prediction shaped like ``seen``.
         shape: shape of one sample.
         process: the noise; default: the paper's ``mu = 0.32, volatility = 0.8``.
         data: how data becomes positive.
         prediction: what the network predicts: "epsilon" the noise, "hyvarinen" ``x grad log p``, "stein" ``grad log p``
             as in the paper.
-        network_input: what the network sees: "log", ``y`` standardised; "x", the positive sample itself, as in the
-            paper.
+        network_input: what the network sees: "log", ``y`` standardised by the data's moments, and where ``log t`` lies
+            between that of ``t_min`` (0) and that of ``t_max`` (1); "x", the positive sample and the time themselves,
+            as in the paper.
         weighting: of the squared error of the noise, an object or a name as in :class:`Diffusion`;
             :class:`NoiseVariance` is the authors' ``(sigma^2 t)^2`` for the Hyvarinen score.
         time_sampler: of training times, an object or a name as in :class:`Diffusion`.

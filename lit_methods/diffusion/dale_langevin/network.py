@@ -1,5 +1,6 @@
 """A network's view of positive data, as a network that predicts the noise of its logarithm."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ class LogNetwork(nn.Module):
     """Wraps ``net`` for a :class:`Denoiser` of prediction "epsilon" on the process.
 
     Args:
-        net: ``net(x, t)``, or ``net(x, t, cond)``, that gives a prediction shaped like ``x``.
+        net: ``net(seen, time)``, or ``net(seen, time, cond)``, that gives a prediction shaped like ``seen``.
         shape: shape of one sample.
         process: the multiplicative noise.
         prediction: what ``net`` predicts: "epsilon" the noise, "hyvarinen" ``x grad log p``, "stein" ``grad log p``.
-        network_input: what it sees: "log", ``y`` standardised by the moments; "x", the positive sample itself.
+        network_input: what it sees: "log", ``y`` standardised by the moments, and where ``log t`` lies between that of
+            ``t_min`` (0) and that of ``t_max`` (1); "x", the positive sample itself and ``t``.
         prior: whether the moments are one number each ("scalar"), by "channel" or by "pixel".
 
     Attributes:
@@ -70,11 +72,12 @@ class LogNetwork(nn.Module):
         """
         t = t.clamp(min=self.process.t_min)
         x = self.process.from_log(y, t)
-        seen = x
+        seen, time = x, t
         if self.network_input == "log":
             seen = (y - self.log_mean) / self.spread(t, y)
+            time = 1 + (t / self.process.t_max).log() / math.log(self.process.t_max / self.process.t_min)
         seen = seen.to(y.dtype)
-        out = self.net(seen, t) if cond is None else self.net(seen, t, cond)
+        out = self.net(seen, time) if cond is None else self.net(seen, time, cond)
         if self.prediction == "epsilon":
             return out
         return self.process.noise(out if self.prediction == "hyvarinen" else x * out, t)

@@ -26,6 +26,7 @@ from tests.contract.cases.kinds import (
     RecipeCase,
     class_config,
 )
+from tests.standins.idx_files import write_mnist
 
 _MOMENTUM = {"momentum": 0.5, "weight_decay": 1e-3}
 _BAD_MOMENTUM = [
@@ -142,6 +143,22 @@ DATAMODULES: dict[str, DataModuleCase] = {
 }
 
 RECIPES: dict[str, RecipeCase] = {
-    "dale_langevin/eg_sparse_teacher": RecipeCase(TINY),
+    "dale_langevin/digits": RecipeCase(
+        ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.check_val_every_n_epoch=1"],
+        callbacks={"SampleQuality": {"variants": {"dls": {"solver": "dls", "steps": 2}}}},
+    ),
     "dale_langevin/eg_digits": RecipeCase(TINY),
+    "dale_langevin/eg_sparse_teacher": RecipeCase([*TINY, "--trainer.check_val_every_n_epoch=1"]),
+    "dale_langevin/fashion_mnist": RecipeCase(
+        [
+            *TINY,
+            "--data.data_dir=.",
+            "--data.val_size=8",
+            "--data.batch_size=8",
+            "--model.net.block_out_channels=[32]",
+            "--model.sampling.steps=2",
+        ],
+        prepare=write_mnist,
+        callbacks={"SampleGrid": {"num_samples": 2}},
+    ),
 }

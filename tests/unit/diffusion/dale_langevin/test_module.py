@@ -35,6 +35,7 @@ class LogNormalNoise(nn.Module):
         self.std, self.process = std, process
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = self.process.t_min ** (1 - t)  # the network is told where log t lies
         sigma = self.process.sigma(t).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
         return x * sigma / (sigma**2 + self.std**2).sqrt()
 
