@@ -340,10 +340,11 @@ _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_moment
 def check_optimizers(trainer: Trainer, kinds: list[str] | None, states: list[dict[str, Any]] | None) -> None:
     """Refuse the states of other optimizers than the run's; Lightning and torch load what they can of them."""
     now = [type(optimizer).__qualname__ for optimizer in trainer.optimizers]
-    if kinds not in (None, now):
+    if kinds and kinds != now:
         raise ValueError(f"{trainer.ckpt_path} was written with the optimizers {kinds}, the run has {now}")
-    if states is None:
+    if not states and not kinds:  # weights only, or saved outside of fit
         return
+    states = states or []
     if len(states) != len(now):
         raise ValueError(f"{trainer.ckpt_path} holds the states of {len(states)} optimizers, the run has {now}")
     for optimizer, state in zip(trainer.optimizers, states, strict=True):

@@ -25,6 +25,8 @@ def test_wheel_holds_the_tree_under_one_package(tmp_path) -> None:
         path.relative_to(ROOT).as_posix() if folder == "lit_methods" else f"lit_methods/{path.relative_to(ROOT)}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and path.suffix in (".py", ".yaml", ".md", ".typed")
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and path.suffix in (".py", ".pyi", ".yaml", ".md", ".typed")
     }
     assert packed == expected

@@ -1,0 +1,1 @@
+"""What needs a GPU: ``tests/gpu/check.sh`` runs all of it, and measures."""
