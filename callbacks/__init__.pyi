@@ -5,6 +5,8 @@ from .checkpoints import LastCheckpoint as LastCheckpoint
 from .convergence_curves import ConvergenceCurves as ConvergenceCurves
 from .convergence_rates import ConvergenceRates as ConvergenceRates
 from .dale import DaleMonitor as DaleMonitor
+from .diffusion import ConsistencySchedule as ConsistencySchedule
+from .diffusion import LikelihoodEvaluation as LikelihoodEvaluation
 from .diffusion import RestorationGrid as RestorationGrid
 from .diffusion import SampleGrid as SampleGrid
 from .diffusion import SampleQuality as SampleQuality

@@ -67,7 +67,8 @@ class RestorationGrid(Callback):
             seen = observe(x)
 
             def loss(x0: Tensor, observe: Callable[[Tensor], Tensor] = observe, seen: Tensor = seen) -> Tensor:
-                return (observe(x0) - seen).square().flatten(1).sum(1)
+                # By the number of pixels in each value seen, whose mean moves each of them that much less.
+                return x0.numel() / seen.numel() * (observe(x0) - seen).square().flatten(1).sum(1)
 
             guidance = LossGuidance(loss, self.scale)
             restored, free = (

@@ -14,6 +14,7 @@ from .dale_langevin import nonneg_score_matching_loss as nonneg_score_matching_l
 from .denoiser import Denoiser as Denoiser
 from .diffusion import Diffusion as Diffusion
 from .diffusion import denoising_loss as denoising_loss
+from .flow_map import FlowMap as FlowMap
 from .grids import Grid as Grid
 from .grids import KarrasGrid as KarrasGrid
 from .grids import LambdaGrid as LambdaGrid
@@ -26,6 +27,11 @@ from .guidance import LossGuidance as LossGuidance
 from .image_unet import ImageUNet as ImageUNet
 from .likelihood import bits_per_dim as bits_per_dim
 from .likelihood import nll as nll
+from .objectives import CTM as CTM
+from .objectives import SCM as SCM
+from .objectives import Consistency as Consistency
+from .objectives import MeanFlow as MeanFlow
+from .objectives import Objective as Objective
 from .predictions import convert as convert
 from .processes import EDM as EDM
 from .processes import VE as VE

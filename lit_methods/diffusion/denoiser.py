@@ -10,7 +10,7 @@ from lit_methods.diffusion.conditioning import Conditioning
 from lit_methods.diffusion.predictions import check_output, check_prediction, clean, convert, point_at, scale
 from lit_methods.diffusion.processes import Process, as_process, per_sample
 
-PRECONDITIONS = ("none", "edm")
+PRECONDITIONS = ("none", "scale", "edm")
 
 
 class Denoiser(nn.Module):
@@ -28,9 +28,9 @@ class Denoiser(nn.Module):
             ...)``, times ``(batch,)``, conditions; gives a prediction shaped like ``x``.
         process: the path, an object or one of ``vp_linear vp_cosine sub_vp ve edm fm trigflow``.
         prediction: what the network predicts: ``x0 epsilon score flow v_prediction edm``.
-        precondition: what the network sees. ``"none"``: ``x`` and ``t``. ``"edm"``: ``x`` divided by its standard
-            deviation and ``log(sigma / alpha) / 4``, limited to [-5, 5], instead of ``t`` (Karras et al. 2022, who use
-            it with the prediction ``edm``).
+        precondition: what the network sees. ``"none"``: ``x`` and ``t``. ``"scale"``: ``x`` divided by its standard
+            deviation. ``"edm"``: besides, ``log(sigma / alpha) / 4``, limited to [-5, 5], instead of ``t`` (Karras et
+            al. 2022, who use it with the prediction ``edm``).
         sigma_data: standard deviation of the data, > 0; matters for ``edm`` and its weights only.
         conditioning: the kind of condition and its null value; ``None`` passes any ``cond`` on unchecked.
         clip_x0: smallest and largest value of a clean sample when sampling; ``None`` does not clip.
@@ -64,13 +64,14 @@ class Denoiser(nn.Module):
         self.conditioning = conditioning
         self.clip_x0 = clip_x0
 
-    def forward(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, cond: Any = None, s: Tensor | None = None) -> Tensor:
         """The network's own prediction.
 
         Args:
             x: noisy samples ``(batch, ...)``.
             t: their times, ``(batch,)`` or a single one.
             cond: what the network is told, if anything.
+            s: second times ``(batch,)`` of the network of a flow map.
 
         Raises:
             ValueError: shapes that do not fit, a wrong condition, or an output that is not shaped like ``x``.
@@ -81,18 +82,23 @@ class Denoiser(nn.Module):
             t = t.expand(x.shape[:1])
         if cond is not None and self.conditioning is not None:
             self.conditioning.check(cond)
+        given = x
+        if self.precondition != "none":
+            given = x / per_sample(scale(self.process.at(t), self.sigma_data), x)
         if self.precondition == "edm":
-            point = self.process.at(t)
-            x, t = x / per_sample(scale(point, self.sigma_data), x), self._noise_level(t)
+            t, s = self._noise_level(t), None if s is None else self._noise_level(s)
         dtype = self._net_dtype()
-        given = x if dtype is None else x.to(dtype)
-        out = self.net(given, t) if cond is None else self.net(given, t, cond)
+        given = given if dtype is None else given.to(dtype)
+        more = {} if s is None else {"s": s}
+        out = self.net(given, t, **more) if cond is None else self.net(given, t, cond, **more)
         check_output(out, x)
         return out
 
-    def predict(self, x: Tensor, t: Tensor | float, cond: Any = None, kind: str = "x0") -> Tensor:
+    def predict(
+        self, x: Tensor, t: Tensor | float, cond: Any = None, kind: str = "x0", s: Tensor | None = None
+    ) -> Tensor:
         """A prediction of any kind, in at least float32; arguments as in :meth:`forward`."""
-        return convert(self(x, t, cond), x, t, self.prediction, kind, self.process, self.sigma_data)
+        return convert(self(x, t, cond, s), x, t, self.prediction, kind, self.process, self.sigma_data)
 
     def x0(self, x: Tensor, t: Tensor | float, cond: Any = None) -> Tensor:
         """The expected clean sample."""

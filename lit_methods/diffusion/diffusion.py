@@ -9,27 +9,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lit_methods.batches import SupervisedBatch
 from lit_methods.diffusion.conditioning import Conditioning
 from lit_methods.diffusion.denoiser import Denoiser
 from lit_methods.diffusion.grids import Grid
 from lit_methods.diffusion.guidance import Guidance
 from lit_methods.diffusion.likelihood import nll
+from lit_methods.diffusion.module import GenerativeModule
 from lit_methods.diffusion.predictions import combine, point_at
 from lit_methods.diffusion.processes import Generators, Process, draw_noise
 from lit_methods.diffusion.sampling import OnStep, Sampling, sample
 from lit_methods.diffusion.solvers import Solver
-from lit_methods.diffusion.streams import check_seed, stream
 from lit_methods.diffusion.time_samplers import TimeSampler, as_time_sampler
 from lit_methods.diffusion.weightings import MinSNR, Weighting, as_weighting
 from lit_methods.hyperparameters import live_arguments
-from lit_methods.precision import load_unrounded
 
 
 def denoising_loss(
@@ -56,7 +52,7 @@ def denoising_loss(
     return as_weighting(weighting).in_space(kind, process, t, denoiser.sigma_data) * squared.flatten(1).mean(1)
 
 
-class Diffusion(LightningModule):
+class Diffusion(GenerativeModule):
     """A diffusion or flow-matching model of any kind, trained on ``(x, y)`` batches.
 
     Every combination of its parts is consistent: targets, conversions and weights follow from the process and the
@@ -108,22 +104,13 @@ class Diffusion(LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters(ignore=live_arguments(locals()))
         self.denoiser = Denoiser(net, process, prediction, precondition, sigma_data, conditioning, clip_x0)
         self.weighting = as_weighting(weighting)
         self.time_sampler = as_time_sampler(time_sampler)
         self.sampling = sampling or Sampling()
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.seed = check_seed(seed)
-        self.steps_drawn = 0
-        self.sample_shape: list[int] | None = None
+        self.begin(optimizer, lr_scheduler, seed)
         _check_ends(self.denoiser, self.weighting)
-
-    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        """The network's own prediction for noisy ``x`` at times ``t``."""
-        return self.denoiser(x, t, cond)
 
     def loss(self, x0: Tensor, cond: Any = None, generator: torch.Generator | None = None) -> Tensor:
         """Mean loss of data at random times, ``()``."""
@@ -133,34 +120,9 @@ class Diffusion(LightningModule):
         eps = draw_noise(x0.shape, generator, x0.device, x0.dtype)
         return denoising_loss(self.denoiser, x0, eps, t, self.weighting, cond).mean()
 
-    def training_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
-        x, cond = self._split(batch)
-        if self.sample_shape is None:
-            self.sample_shape = list(x.shape[1:])
-            _check_spread(self.denoiser, self.weighting, x)
-        generator = self._stream("train", self.steps_drawn)
-        self.steps_drawn += 1
-        if cond is not None and self.denoiser.conditioning is not None:
-            self.denoiser.conditioning.check(cond)
-            cond = self.denoiser.conditioning.drop(cond, generator)
-        loss = self.loss(x, cond, generator)
-        self.log("train/loss", loss, batch_size=len(x))
-        return loss
-
-    def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
-        """Log the loss."""
-        self._evaluate(batch, batch_idx, "val")
-
-    def test_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
-        """Log the loss."""
-        self._evaluate(batch, batch_idx, "test")
-
-    def predict_step(self, batch: SupervisedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """A sample for each row of the batch."""
-        x, cond = self._split(batch)
-        generator = self._stream("predict", dataloader_idx, batch_idx)
-        return self.sample(len(x), cond, generator=generator, shape=x.shape[1:])
+    def on_first_batch(self, x: Tensor) -> None:
+        """Compare ``sigma_data`` with the data, where it matters."""
+        _check_spread(self.denoiser, self.weighting, x)
 
     def sample(
         self,
@@ -195,13 +157,10 @@ class Diffusion(LightningModule):
         Raises:
             ValueError: an argument out of range, or no shape is known.
         """
-        shape = shape if shape is not None else self.sample_shape
-        if shape is None:
-            raise ValueError("shape must be given before the model was trained, got None")
         settings = self.sampling
         return sample(
             self.denoiser,
-            [n, *shape],
+            self.known_shape(n, shape),
             solver=settings.solver if solver is None else solver,
             steps=settings.steps if steps is None else steps,
             guidance=settings.guidance if guidance is None else guidance,
@@ -216,41 +175,6 @@ class Diffusion(LightningModule):
     def nll(self, x: Tensor, cond: Any = None, *, steps: int = 100, probes: int | None = 1) -> Tensor:
         """Negative log-likelihood of samples in nats, ``(batch,)``; see :func:`lit_methods.diffusion.nll`."""
         return nll(self.denoiser, x, cond, steps=steps, probes=probes, generator=self._stream("nll"))
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The injected optimizer, with the injected schedule if there is one."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        if self.lr_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what random numbers depend on, and the shape of a sample."""
-        checkpoint["diffusion"] = {
-            "seed": self.seed,
-            "steps_drawn": self.steps_drawn,
-            "sample_shape": self.sample_shape,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the saved seed."""
-        for name, value in checkpoint["diffusion"].items():
-            setattr(self, name, value)
-
-    def _split(self, batch: SupervisedBatch) -> tuple[Tensor, Any]:
-        return batch[0], None if self.denoiser.conditioning is None else batch[1]
-
-    def _stream(self, *place: int | str) -> torch.Generator:
-        rank = 0 if self._trainer is None else self.trainer.global_rank
-        return stream(self.device, self.seed, rank, *place)
-
-    def _evaluate(self, batch: SupervisedBatch, batch_idx: int, stage: str) -> None:
-        x, cond = self._split(batch)
-        loss = self.loss(x, cond, self._stream(stage, batch_idx))
-        self.log(f"{stage}/loss", loss, batch_size=len(x), sync_dist=True)
 
 
 def _check_ends(denoiser: Denoiser, weighting: Weighting) -> None:

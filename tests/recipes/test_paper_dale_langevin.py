@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from lit_methods.datamodules import FashionMNISTDataModule
 from lit_methods.diffusion import DiscreteTimes, GeometricBrownian, ImageUNet, NoiseVariance
 from tests.cli import run_here
 from tests.contract.pieces import ROOT
@@ -53,10 +54,13 @@ def test_the_network_builds(name: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_runs_up_to_the_missing_data(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("urllib.request.urlopen", _no_network)
+    monkeypatch.setattr("lit_methods.datamodules.download.urlopen", _no_network)
+    monkeypatch.setattr(FashionMNISTDataModule, "system_dir", None)
     small = ["--model.net.block_out_channels=[32]", "--model.net.attention_levels=[]", "--model.net.layers_per_block=1"]
     with pytest.raises(FileNotFoundError, match="lacks files in"):
-        run_here(monkeypatch, tmp_path, "fit", "--config", f"dale_langevin/paper_{name}", *small)
+        run_here(
+            monkeypatch, tmp_path, "fit", "--config", f"dale_langevin/paper_{name}", "--trainer.max_steps=1", *small
+        )
 
 
 def _no_network(*args: Any, **kwargs: Any) -> None:
