@@ -166,7 +166,10 @@ class MultiplicativeDiffusion(LightningModule):
         """Mean loss of data at random times, ``()``."""
         dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
         t = self.time_sampler.sample(len(x0), self.process, generator, x0.device, dtype, stratified=True)
-        y = self.process.to_log(x0.to(dtype) + self.data.shift, 0.0)
+        x0 = x0.to(dtype)
+        # Looking at the data of every step would wait for the device; all of them were seen before training.
+        x = x0 + self.data.shift if self.training and x0.device.type != "cpu" else self._positive(x0)
+        y = self.process.to_log(x, 0.0)
         eps = draw_noise(y.shape, generator, y.device, y.dtype)
         return denoising_loss(self.denoiser, y, eps, t, self.weighting, cond).mean()
 

@@ -204,6 +204,8 @@ def test_what_is_not_positive_is_refused_with_the_remedies() -> None:
     message = "x with shift=0 must be > 0 everywhere, got a minimum of 0: give PositiveData a larger shift, or drop"
     with pytest.raises(ValueError, match=message):
         model.fit_moments([(torch.tensor([[1.0], [0.0]]),)])
+    with pytest.raises(ValueError, match=message):
+        model.loss(torch.tensor([[1.0], [0.0]]))
     with pytest.raises(ValueError, match=r"x must have shape \(batch, 1\), got \(3, 2\)"):
         model.fit_moments([(torch.ones(3, 2),)])
     with pytest.raises(ValueError, match="batches must hold at least one, got none"):
