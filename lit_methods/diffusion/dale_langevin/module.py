@@ -1,19 +1,16 @@
 """The multiplicative model as a LightningModule."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lit_methods.batches import SupervisedBatch
 from lit_methods.diffusion.conditioning import Conditioning
 from lit_methods.diffusion.dale_langevin.losses import check_positive_data
 from lit_methods.diffusion.dale_langevin.network import PRIORS, LogNetwork, log_moments
@@ -24,14 +21,13 @@ from lit_methods.diffusion.diffusion import denoising_loss
 from lit_methods.diffusion.grids import Grid
 from lit_methods.diffusion.guidance import Guidance
 from lit_methods.diffusion.likelihood import nll
+from lit_methods.diffusion.module import GenerativeModule
 from lit_methods.diffusion.processes import Generators, draw_noise
-from lit_methods.diffusion.sampling import Sampling, sample
+from lit_methods.diffusion.sampling import OnStep, Sampling, sample
 from lit_methods.diffusion.solvers import Solver
-from lit_methods.diffusion.streams import check_seed, stream
 from lit_methods.diffusion.time_samplers import TimeSampler, as_time_sampler
 from lit_methods.diffusion.weightings import Weighting, as_weighting
 from lit_methods.hyperparameters import live_arguments
-from lit_methods.precision import load_unrounded
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class PositiveData:
             raise ValueError(f"max_batches must be >= 1 or None, got {self.max_batches}")
 
 
-class MultiplicativeDiffusion(LightningModule):
+class MultiplicativeDiffusion(GenerativeModule):
     """Diffusion of positive data by multiplicative noise (Shetty, Prasath, Seelamantula, arXiv 2510.02730).
 
     Data ``x + shift`` follows geometric Brownian motion, and samples come from multiplicative updates, so that they are
@@ -129,7 +125,6 @@ class MultiplicativeDiffusion(LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters(ignore=live_arguments(locals()))
         self.data = data or PositiveData()
         self.process = process or GeometricBrownian()
@@ -138,11 +133,8 @@ class MultiplicativeDiffusion(LightningModule):
         self.weighting = as_weighting(weighting)
         self.time_sampler = as_time_sampler(time_sampler)
         self.sampling = sampling or Sampling(DLS(), steps=1000)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.begin(optimizer, lr_scheduler, seed)
         self.shape = tuple(shape)
-        self.seed = check_seed(seed)
-        self.steps_drawn = 0
         self.clamped: Tensor | None = None
 
     @property
@@ -150,7 +142,7 @@ class MultiplicativeDiffusion(LightningModule):
         """The network and the moments of the data's logarithm."""
         return cast(LogNetwork, self.denoiser.net)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, s: Tensor | None = None) -> Tensor:
         """The predicted noise in ``log x``, of noisy ``x`` ``(batch, ...)`` in units of the data, at ``(batch,)``."""
         return self.denoiser(self.process.to_log(x + self.data.shift, t), t, cond)
 
@@ -194,26 +186,6 @@ class MultiplicativeDiffusion(LightningModule):
         if not self.network.log_count:
             self.fit_moments(self.trainer.fit_loop._data_source.dataloader())
 
-    def training_step(self, batch: SupervisedBatch, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
-        x, cond = self._split(batch)
-        generator = self._stream("train", self.steps_drawn)
-        self.steps_drawn += 1
-        if cond is not None and self.denoiser.conditioning is not None:
-            self.denoiser.conditioning.check(cond)
-            cond = self.denoiser.conditioning.drop(cond, generator)
-        loss = self.loss(x, cond, generator)
-        self.log("train/loss", loss, batch_size=len(x))
-        return loss
-
-    def validation_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
-        """Log the loss."""
-        self._evaluate(batch, batch_idx, "val")
-
-    def test_step(self, batch: SupervisedBatch, batch_idx: int) -> None:
-        """Log the loss."""
-        self._evaluate(batch, batch_idx, "test")
-
     def on_validation_epoch_end(self) -> None:
         """Log the clamped share of samples that a callback made."""
         self._log_clamped("val")
@@ -221,11 +193,6 @@ class MultiplicativeDiffusion(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the clamped share of samples that a callback made."""
         self._log_clamped("test")
-
-    def predict_step(self, batch: SupervisedBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """A sample for each row of the batch."""
-        x, cond = self._split(batch)
-        return self.sample(len(x), cond, generator=self._stream("predict", dataloader_idx, batch_idx))
 
     @torch.no_grad()
     def sample(
@@ -239,7 +206,7 @@ class MultiplicativeDiffusion(LightningModule):
         grid: str | Grid | None = None,
         generator: Generators = None,
         x_init: Tensor | None = None,
-        on_step: Callable[[float, Tensor, Tensor], None] | None = None,
+        on_step: OnStep | None = None,
         shape: Sequence[int] | None = None,
     ) -> Tensor:
         """Make samples in units of the data; what is left out is as in ``sampling``.
@@ -250,7 +217,7 @@ class MultiplicativeDiffusion(LightningModule):
             solver: :class:`DLS` or "dls", :class:`UMS` or "ums", or any other of this package, such as "ddim" or
                 "dpmpp_2m".
             steps: number of steps, >= 1.
-            guidance: an object, or the scale of classifier-free guidance.
+            guidance: an object, which sees samples in the coordinate ``y``, or the scale of classifier-free guidance.
             grid: where the steps lie.
             generator: source of randomness; a list has one for each sample.
             x_init: samples at the last time to start from, instead of log-normal noise of the data's moments; the
@@ -333,25 +300,6 @@ class MultiplicativeDiffusion(LightningModule):
         )
         return -nats - (x * scale).log().flatten(1).sum(1)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The injected optimizer, with the injected schedule if there is one."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        if self.lr_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what random numbers depend on."""
-        checkpoint["multiplicative_diffusion"] = {"seed": self.seed, "steps_drawn": self.steps_drawn}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the saved seed."""
-        for name, value in checkpoint["multiplicative_diffusion"].items():
-            setattr(self, name, value)
-
     def _check_moments(self) -> None:
         if not self.network.log_count:
             rank_zero_warn(
@@ -397,15 +345,3 @@ class MultiplicativeDiffusion(LightningModule):
         if self.clamped is not None:
             self.log(f"{stage}/clamped", self.clamped, sync_dist=True)
             self.clamped = None
-
-    def _split(self, batch: SupervisedBatch) -> tuple[Tensor, Any]:
-        return batch[0], None if self.denoiser.conditioning is None else batch[1]
-
-    def _stream(self, *place: int | str) -> torch.Generator:
-        rank = 0 if self._trainer is None else self.trainer.global_rank
-        return stream(self.device, self.seed, rank, *place)
-
-    def _evaluate(self, batch: SupervisedBatch, batch_idx: int, stage: str) -> None:
-        x, cond = self._split(batch)
-        loss = self.loss(x, cond, self._stream(stage, batch_idx))
-        self.log(f"{stage}/loss", loss, batch_size=len(x), sync_dist=True)

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lit_methods.batches import SupervisedBatch
+from lit_methods.callbacks import LikelihoodEvaluation
 from lit_methods.datamodules import TensorDataModule
 from lit_methods.diffusion import (
     DLS,
@@ -141,6 +142,16 @@ def test_likelihood_is_that_of_log_normal_data() -> None:
     torch.testing.assert_close(shifted.log_prob(x - 0.5, probes=None), exact, rtol=0, atol=2e-3)
     channels = exact_model(0.1 / 0.5, 0.3 / 0.5, GeometricBrownian(volatility=[0.5], t_min=1e-6))
     torch.testing.assert_close(channels.log_prob(x, probes=None), exact, rtol=0, atol=2e-3)
+
+
+def test_the_callback_evaluates_the_likelihood_of_the_data_not_of_its_logarithm(tmp_path: Path) -> None:
+    rows = SupervisedBatch(torch.full((8, 1), 1.5), torch.zeros(8))
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path,
+        callbacks=[LikelihoodEvaluation(probes=None)], use_distributed_sampler=False,
+    )  # fmt: skip
+    (result,) = trainer.test(exact_model(0.1, 0.3), TensorDataModule(test=rows), verbose=False)
+    assert result["test/nll"] == pytest.approx(0.638814, abs=2e-3)
 
 
 def test_scores_are_gradients_of_the_log_density() -> None:
