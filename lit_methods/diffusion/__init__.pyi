@@ -14,6 +14,10 @@ from .dale_langevin import nonneg_score_matching_loss as nonneg_score_matching_l
 from .denoiser import Denoiser as Denoiser
 from .diffusion import Diffusion as Diffusion
 from .diffusion import denoising_loss as denoising_loss
+from .f_distill import RatioNormalizer as RatioNormalizer
+from .f_distill import divergence_weight as divergence_weight
+from .f_distill import normalize_weight as normalize_weight
+from .f_distill import vsd_loss as vsd_loss
 from .flow_map import FlowMap as FlowMap
 from .grids import Grid as Grid
 from .grids import KarrasGrid as KarrasGrid
