@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -25,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_methods.callbacks.mfac.training_gradients import Criterion, check_source, sample_batches, training_gradients
 from lit_methods.optim import FisherInverse, collect_gradients
+from lit_methods.optim.foundation.private_names import ConvNd
 
 GradientSource = Callable[[int, list[nn.Parameter], Tensor], Tensor]
 
@@ -210,7 +210,7 @@ class MFACPruning(Callback):
         if not self.masks:
             if self.parameters is None:
                 layers = [(f"{n}.weight" if n else "weight", m) for n, m in module.named_modules()]
-                chosen = {name: m.weight for name, m in layers if isinstance(m, nn.Linear | _ConvNd)}
+                chosen = {name: m.weight for name, m in layers if isinstance(m, nn.Linear | ConvNd)}
                 chosen = {name: p for name, p in module.named_parameters() if name in chosen}  # tied weights once
             else:
                 patterns = self.parameters

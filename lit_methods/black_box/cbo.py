@@ -8,13 +8,13 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
 from lit_methods.batches import SupervisedBatch
 from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim import CBO, particle_losses
 from lit_methods.optim.cbo.swarm import ParticleOptimizer
+from lit_methods.optim.foundation.private_names import BatchNorm
 from lit_methods.supervised import SupervisedModule
 
 __all__ = ["CBOModule"]
@@ -67,7 +67,7 @@ class CBOModule(SupervisedModule):
 
     def on_fit_start(self) -> None:
         """Refuse a callback that trains for another epoch to renew batch normalisation."""
-        normalized = any(isinstance(module, _BatchNorm) for module in self.network.modules())
+        normalized = any(isinstance(module, BatchNorm) for module in self.network.modules())
         if normalized and any(isinstance(c, StochasticWeightAveraging) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "StochasticWeightAveraging renews batch normalisation in training steps, which a swarm cannot take: "

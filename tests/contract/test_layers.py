@@ -1,5 +1,6 @@
 """The layering of CONTRIBUTING.md holds."""
 
+import re
 import subprocess
 import sys
 
@@ -25,3 +26,16 @@ def test_optimizers_do_not_load_lightning() -> None:
         "assert not {'lightning', 'torchmetrics', 'sklearn'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_private_names_of_torch_are_imported_in_one_place() -> None:
+    private = re.compile(
+        r"^\s*(from torch[\w.]*\._[\w.]+ import|from torch[\w.]* import .*\b_|import torch[\w.]*\._)", re.M
+    )
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("lit_methods", "callbacks", "datamodules")
+        for path in (ROOT / folder).rglob("*.py")
+        if private.search(path.read_text())
+    }
+    assert found == {"lit_methods/optim/foundation/private_names.py"}

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from lit_methods.optim.foundation.private_names import tree_leaves, tree_map
 from lit_methods.optim.mfac.window import full_precision_products
 
 __all__ = ["FisherInverse", "collect_gradients"]
