@@ -76,10 +76,16 @@ class GeometricBrownian(Process):
             return _interpolate(variance, self._tables["volatility"].to(variance.device), self._times(variance))
         return variance / self._constant_rate
 
+    def growth(self, t: Tensor) -> Tensor:
+        """The integral of ``mu`` up to ``t``: the logarithm of how much the mean has grown."""
+        if "mu" in self._tables:
+            return _interpolate(t, self._times(t), self._tables["mu"].to(t.device))
+        return float(self.mu) * t  # type: ignore[arg-type]
+
     def drift_and_scale(self, t: Tensor | float, x: Tensor) -> tuple[Any, Any]:
         """``M(t)`` and the scale of ``y``, shaped to broadcast against samples ``x`` ``(batch, ...)``."""
         t = torch.as_tensor(t, dtype=torch.float32 if x.dtype != torch.float64 else torch.float64, device=x.device)
-        growth = per_sample(self._growth(t), x)
+        growth = per_sample(self.growth(t), x)
         scale: Any = 1.0
         if isinstance(self.volatility, Sequence):
             if x.shape[1] != len(self.volatility):
@@ -127,11 +133,6 @@ class GeometricBrownian(Process):
 
     def _variance_rate(self, t: Tensor) -> Tensor:
         return self.volatility(t) ** 2 if callable(self.volatility) else torch.full_like(t, self._constant_rate)
-
-    def _growth(self, t: Tensor) -> Tensor:
-        if "mu" in self._tables:
-            return _interpolate(t, self._times(t), self._tables["mu"].to(t.device))
-        return float(self.mu) * t  # type: ignore[arg-type]
 
     def _times(self, like: Tensor) -> Tensor:
         return torch.linspace(0, self.t_max, _NODES, dtype=torch.float64, device=like.device)

@@ -135,7 +135,7 @@ def _walk(
     """Updates along the path; ``update(y, score, V, int mu, z)``, all of one step."""
     _warn_of_heuristics(path, annealing)
     share = 1.0  # of the noise
-    growths = [float(process._growth(torch.tensor(node.t, dtype=torch.float64))) for node in path]
+    growths = [float(process.growth(torch.tensor(node.t, dtype=torch.float64))) for node in path]
     for i, (here, there) in enumerate(pairwise(path)):
         longer = 1.0 if annealing.delta is None else annealing.delta / (here.t - there.t)
         variance = longer * (here.point.sigma**2 - there.point.sigma**2)
