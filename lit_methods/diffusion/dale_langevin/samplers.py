@@ -12,6 +12,7 @@ steps is the package's ``"ddim"`` or ``"dpmpp_2m"`` on the same process.
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,7 +22,24 @@ from lit_methods.diffusion.dale_langevin.process import GeometricBrownian
 from lit_methods.diffusion.processes import Process
 from lit_methods.diffusion.solvers import Node, Noise, Predict, Solver
 
-Update = Callable[[Tensor, Tensor, float, float, Tensor | None], Tensor]
+
+class Move(NamedTuple):
+    """One update, in numbers.
+
+    Attributes:
+        variance: ``V``.
+        share: ``V / sigma^2``: how far the mean of ``y`` goes towards the predicted clean sample.
+        growth: ``int mu``.
+        spread: standard deviation of the noise, annealed.
+    """
+
+    variance: float
+    share: float
+    growth: float
+    spread: float
+
+
+Update = Callable[[Tensor, Tensor, Tensor | None, Move], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,9 +87,9 @@ class DLS(Solver):
     def solve(self, predict: Predict, x: Tensor, path: list[Node], process: Process, noise: Noise) -> Tensor:
         """``y <- y + V score + sqrt(V) z``."""
 
-        def update(y: Tensor, score: Tensor, variance: float, drift: float, z: Tensor | None) -> Tensor:
-            y = y + variance * score
-            return y if z is None else y + variance**0.5 * z
+        def update(y: Tensor, x0: Tensor, z: Tensor | None, move: Move) -> Tensor:
+            y = torch.lerp(y, x0, move.share)
+            return y if z is None else y.add(z, alpha=move.spread)
 
         return _walk(update, predict, x, path, _brownian(process), noise, self.annealing or Annealing())
 
@@ -105,14 +123,13 @@ class UMS(Solver):
         _, scale = path_process.drift_and_scale(0.0, x)
         fallen = torch.zeros((), dtype=torch.int64, device=x.device)
 
-        def update(y: Tensor, score: Tensor, variance: float, growth: float, z: Tensor | None) -> Tensor:
-            own = scale**2 * variance  # of the channel
-            factor = 1 + own - growth + scale * variance * score
+        def update(y: Tensor, x0: Tensor, z: Tensor | None, move: Move) -> Tensor:
+            own = scale**2 * move.variance  # of the channel
+            factor = 1 + own - move.growth + scale * move.share * (x0 - y)
             if z is not None:
-                factor = factor + scale * variance**0.5 * z
+                factor = factor + scale * move.spread * z
             fallen.add_((factor <= 0).sum())
-            drift = growth - 0.5 * own
-            return y + (factor.clamp(min=self.floor or 0.0).log() + drift) / scale
+            return y + (factor.clamp(min=self.floor or 0.0).log() + move.growth - 0.5 * own) / scale
 
         result = _walk(update, predict, x, path, path_process, noise, self.annealing or Annealing())
         if count := int(fallen):
@@ -132,22 +149,22 @@ def _walk(
     noise: Noise,
     annealing: Annealing,
 ) -> Tensor:
-    """Updates along the path; ``update(y, score, V, int mu, z)``, all of one step."""
+    """Updates along the path: ``update(y, predicted clean sample, noise, move)``."""
     _warn_of_heuristics(path, annealing)
-    share = 1.0  # of the noise
+    loudness = 1.0
     growths = [float(process.growth(torch.tensor(node.t, dtype=torch.float64))) for node in path]
     for i, (here, there) in enumerate(pairwise(path)):
         longer = 1.0 if annealing.delta is None else annealing.delta / (here.t - there.t)
         variance = longer * (here.point.sigma**2 - there.point.sigma**2)
-        growth = longer * (growths[i] - growths[i + 1])
+        spread = loudness * variance**0.5
+        move = Move(variance, variance / here.point.sigma**2, longer * (growths[i] - growths[i + 1]), spread)
         last = i == len(path) - 2
         if last and there.point.sigma == 0 and annealing == Annealing(noise_decay=annealing.noise_decay):
             return predict(y, here.t)  # a whole step of the score without noise, exactly
         for k in range(annealing.inner_steps + (annealing.polish_steps if last else 0)):
-            score = (predict(y, here.t) - y) / here.point.sigma**2
             noisy = k < annealing.inner_steps - (1 if last else 0)
-            y = update(y, score, variance, growth, share * noise(y) if noisy else None)
-        share *= annealing.noise_decay
+            y = update(y, predict(y, here.t), noise(y) if noisy else None, move)
+        loudness *= annealing.noise_decay
     return y
 
 
