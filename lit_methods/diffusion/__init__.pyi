@@ -12,6 +12,12 @@ from .dale_langevin import PositiveData as PositiveData
 from .dale_langevin import PowerTimes as PowerTimes
 from .dale_langevin import nonneg_score_matching_loss as nonneg_score_matching_loss
 from .denoiser import Denoiser as Denoiser
+from .diffusers_models import DiscreteVP as DiscreteVP
+from .diffusers_models import DiT as DiT
+from .diffusers_models import UNet2D as UNet2D
+from .diffusers_models import from_diffusers as from_diffusers
+from .diffusers_models import to_pipeline as to_pipeline
+from .diffusers_models import to_scheduler as to_scheduler
 from .diffusion import Diffusion as Diffusion
 from .diffusion import denoising_loss as denoising_loss
 from .f_distill import RatioNormalizer as RatioNormalizer

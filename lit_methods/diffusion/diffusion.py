@@ -136,6 +136,7 @@ class Diffusion(GenerativeModule):
         generator: Generators = None,
         x_init: Tensor | None = None,
         shape: Sequence[int] | None = None,
+        process: str | Process | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Make samples; what is left out is as in ``sampling``.
@@ -152,6 +153,7 @@ class Diffusion(GenerativeModule):
             generator: source of randomness; a list has one for each sample.
             x_init: noise to start from.
             shape: of one sample; default: that of the training data.
+            process: path to follow, where it is not the model's own.
             on_step: called with the time, the noisy and the predicted clean samples whenever the network was.
 
         Raises:
@@ -169,6 +171,7 @@ class Diffusion(GenerativeModule):
             generator=generator,
             x_init=x_init,
             device=self.device,
+            process=process,
             on_step=on_step,
         )
 

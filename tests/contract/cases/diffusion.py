@@ -203,6 +203,9 @@ _ONE_JUMP = {"SampleQuality": {"variants": {"one": {"steps": 1}}}}
 _OFTEN = [*TINY, "--trainer.check_val_every_n_epoch=1"]
 
 RECIPES: dict[str, RecipeCase] = {
+    "diffusion_principles/conversions": RecipeCase(
+        _OFTEN, callbacks={"SampleQuality": {"variants": {"edm": {"process": "edm", "steps": 2}}}}
+    ),
     "diffusion_principles/digits_consistency": RecipeCase(_OFTEN, callbacks=_ONE_JUMP),
     "diffusion_principles/digits_flow": RecipeCase(
         _OFTEN, callbacks={"SampleQuality": {"variants": {"one": {"steps": 2}}}, "RestorationGrid": {"steps": 2}}
