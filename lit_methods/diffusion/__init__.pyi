@@ -34,7 +34,6 @@ from .guidance import ClassifierFree as ClassifierFree
 from .guidance import ClassifierGuidance as ClassifierGuidance
 from .guidance import Guidance as Guidance
 from .guidance import LossGuidance as LossGuidance
-from .image_unet import ImageUNet as ImageUNet
 from .likelihood import bits_per_dim as bits_per_dim
 from .likelihood import nll as nll
 from .objectives import CTM as CTM

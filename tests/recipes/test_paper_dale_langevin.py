@@ -1,5 +1,6 @@
 """The paper recipes have the authors' settings, build on the meta device, and run up to the missing data."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import yaml
 
 from lit_methods.datamodules import FashionMNISTDataModule
-from lit_methods.diffusion import DiscreteTimes, GeometricBrownian, ImageUNet, NoiseVariance
+from lit_methods.diffusion import DiscreteTimes, GeometricBrownian, NoiseVariance, UNet2D
 from tests.cli import run_here
 from tests.contract.pieces import ROOT
 
@@ -47,7 +48,7 @@ def test_settings_are_the_authors(name: str) -> None:
 def test_the_network_builds(name: str) -> None:
     model = recipe(name)["model"]["init_args"]
     with torch.device("meta"):
-        net = ImageUNet(**model["net"]["init_args"])
+        net = UNet2D(**model["net"]["init_args"])
         shape = (2, *model["shape"])
         assert net(torch.empty(shape), torch.empty(2)).shape == shape
 
@@ -56,9 +57,19 @@ def test_the_network_builds(name: str) -> None:
 def test_runs_up_to_the_missing_data(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_methods.datamodules.download.urlopen", _no_network)
     monkeypatch.setattr(FashionMNISTDataModule, "system_dir", None)
-    small = ["--model.net.block_out_channels=[32]", "--model.net.attention_levels=[]", "--trainer.max_steps=1"]
+    channels = recipe(name)["model"]["init_args"]["shape"][0]
+    small = json.dumps(
+        {
+            "in_channels": channels,
+            "out_channels": channels,
+            "block_out_channels": [32],
+            "down_block_types": ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"],
+        }
+    )
+    options = [f"--model.net.init_args.model={small}", "--trainer.max_steps=1"]
     with pytest.raises(FileNotFoundError, match="lacks"):
-        run_here(monkeypatch, tmp_path, "fit", "--config", f"dale_langevin/paper_{name}", *small)
+        run_here(monkeypatch, tmp_path, "fit", "--config", f"dale_langevin/paper_{name}", *options)
 
 
 def _no_network(*args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """Cases of the family: dale_langevin."""
 
+import json
 from typing import Any
 
 import torch
@@ -45,6 +46,14 @@ _BAD_EXPONENTIATED = [
 ]
 
 _NET = class_config("lit_methods.diffusion.TimeMLP", shape=[1, 8, 8], width=16, num_classes=10)
+
+_TINY_UNET = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [32],
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+}
 
 
 def _model(**arguments: Any) -> MultiplicativeDiffusion:
@@ -155,7 +164,7 @@ RECIPES: dict[str, RecipeCase] = {
             "--data.data_dir=.",
             "--data.val_size=8",
             "--data.batch_size=8",
-            "--model.net.block_out_channels=[32]",
+            f"--model.net.init_args.model={json.dumps(_TINY_UNET)}",
             "--model.sampling.steps=2",
         ],
         prepare=write_mnist,
