@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lit_methods.diffusion.conditioning import Conditioning
 from lit_methods.diffusion.predictions import check_output, check_prediction, clean, convert, point_at, scale
-from lit_methods.diffusion.processes import Process, as_process, per_sample
+from lit_methods.diffusion.processes import Point, Process, as_process, per_sample
 
 PRECONDITIONS = ("none", "scale", "edm")
 
@@ -116,9 +116,16 @@ class Denoiser(nn.Module):
         """The velocity ``dx/dt`` of the probability-flow ODE."""
         return self.predict(x, t, cond, "flow")
 
-    def clean(self, out: Tensor, x: Tensor, t: Tensor | float) -> Tensor:
-        """The clean sample of an output of :meth:`forward`, clipped if this denoiser clips."""
-        x0 = clean(out, x, self.prediction, point_at(self.process, t, x), self.sigma_data)
+    def clean(self, out: Tensor, x: Tensor, t: Tensor | float, point: Point | None = None) -> Tensor:
+        """The clean sample of an output of :meth:`forward`, clipped if this denoiser clips.
+
+        Args:
+            out: the output.
+            x: what it was made for.
+            t: its times.
+            point: where the process is then, if known.
+        """
+        x0 = clean(out, x, self.prediction, point or point_at(self.process, t, x), self.sigma_data)
         return x0 if self.clip_x0 is None else x0.clamp(*self.clip_x0)
 
     def features(self, x: Tensor, t: Tensor | float, layers: Sequence[str], cond: Any = None) -> list[Tensor]:

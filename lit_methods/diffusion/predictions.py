@@ -70,8 +70,8 @@ def clean_and_noise(
         prediction, out = "epsilon", -point.sigma * out
     a, b = coefficients(prediction, point, sigma_data)
     over = 1 / _nonzero(determinant(prediction, point, sigma_data))
-    x0 = out if prediction == "x0" else (b * over) * x - (point.sigma * over) * out
-    eps = out if prediction == "epsilon" else (point.alpha * over) * out - (a * over) * x
+    x0 = out if prediction == "x0" else mix(b * over, x, -point.sigma * over, out)
+    eps = out if prediction == "epsilon" else mix(point.alpha * over, out, -a * over, x)
     return x0, eps
 
 
@@ -82,7 +82,14 @@ def clean(out: Tensor, x: Tensor, prediction: str, point: Point, sigma_data: flo
     if prediction == "score":
         prediction, out = "epsilon", -point.sigma * out
     over = 1 / _nonzero(determinant(prediction, point, sigma_data))
-    return (coefficients(prediction, point, sigma_data)[1] * over) * x - (point.sigma * over) * out
+    return mix(coefficients(prediction, point, sigma_data)[1] * over, x, -point.sigma * over, out)
+
+
+def mix(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
+    """``a x + b y``; with plain numbers in two operations instead of three."""
+    if isinstance(b, Tensor):
+        return a * x + b * y
+    return torch.add(x if isinstance(a, float) and a == 1 else a * x, y, alpha=b)
 
 
 def convert(

@@ -106,8 +106,11 @@ def sample(
     if cond is not None and len(cond) != len(x):
         raise ValueError(f"cond must hold one condition for each of {len(x)} samples, got {len(cond)}")
 
+    route = nodes(path, chosen)
+    points = {node.t: node.point for node in route}
+
     def predict(x: Tensor, t: float) -> Tensor:
-        x0 = denoiser.clean(steer(denoiser, x, t, cond), x, t)
+        x0 = denoiser.clean(steer(denoiser, x, t, cond), x, t, points.get(t))
         if on_step is not None:
             on_step(t, x, x0)
         return x0
@@ -115,7 +118,7 @@ def sample(
     def noise(x: Tensor) -> Tensor:
         return draw_noise(x.shape, generator, x.device, x.dtype)
 
-    return as_solver(solver).solve(predict, x, nodes(path, chosen), path, noise)
+    return as_solver(solver).solve(predict, x, route, path, noise)
 
 
 def _check_start(denoiser: Denoiser, start: float) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_methods.diffusion.naming import named
+from lit_methods.diffusion.predictions import mix
 from lit_methods.diffusion.processes import Point, Process
 
 Predict = Callable[[Tensor, float], Tensor]
@@ -88,7 +89,7 @@ class DDIM(Solver):
             up = self.eta * there.point.sigma * math.sqrt(-math.expm1(-2 * (there.lam - here.lam)))
             down = math.sqrt(max(there.point.sigma**2 - up**2, 0.0))
             keep = down / here.point.sigma
-            x = keep * x + (there.point.alpha - keep * here.point.alpha) * x0
+            x = mix(keep, x, there.point.alpha - keep * here.point.alpha, x0)
             if up > 0:
                 x = x + up * noise(x)
         return x
@@ -125,7 +126,7 @@ class DPMSolverPP(Solver):
                 # The weight of the difference is h / (2 h of the last step): 0 after a start from pure noise.
                 extrapolated = torch.lerp(before[0], x0, 1 + h / (2 * before[1]))
             keep = there.point.sigma / here.point.sigma * _decay(self.eta**2, h)
-            x = keep * x - there.point.alpha * math.expm1(-(1 + self.eta**2) * h) * extrapolated
+            x = mix(keep, x, -there.point.alpha * math.expm1(-(1 + self.eta**2) * h), extrapolated)
             spread = there.point.sigma * math.sqrt(1 - _decay(2 * self.eta**2, h))
             if spread > 0:
                 x = x + spread * noise(x)
@@ -141,7 +142,9 @@ class Euler(Solver):
         """``x <- x + (r - t) flow``."""
         for here, there in pairwise(path):
             x0 = predict(x, here.t)
-            x = x0 if there.point.sigma == 0 else x + (there.t - here.t) * _flow(x, x0, here)
+            of_x0, of_x = _flow_factors(here)
+            dt = there.t - here.t
+            x = x0 if there.point.sigma == 0 else mix(1 + dt * of_x, x, dt * of_x0, x0)
         return x
 
 
@@ -232,9 +235,15 @@ def as_solver(solver: str | Solver) -> Solver:
     return named("solver", solver, SOLVERS, Solver)
 
 
-def _flow(x: Tensor, x0: Tensor, node: Node) -> Tensor:
+def _flow_factors(node: Node) -> tuple[float, float]:
+    """``(a, b)`` of the velocity ``a x_0 + b x``."""
     alpha, sigma, d_alpha, d_sigma = node.point
-    return (d_alpha - alpha * d_sigma / sigma) * x0 + (d_sigma / sigma) * x
+    return d_alpha - alpha * d_sigma / sigma, d_sigma / sigma
+
+
+def _flow(x: Tensor, x0: Tensor, node: Node) -> Tensor:
+    a, b = _flow_factors(node)
+    return mix(a, x0, b, x)
 
 
 def _heun_in_time(predict: Predict, x: Tensor, here: Node, there: Node) -> Tensor:
@@ -249,7 +258,7 @@ def _heun_in_time(predict: Predict, x: Tensor, here: Node, there: Node) -> Tenso
 def _heun_in_ratio(predict: Predict, x: Tensor, here: Node, there: Node) -> Tensor:
     x0 = predict(x, here.t)
     keep = there.point.sigma / here.point.sigma
-    guess = keep * x + (there.point.alpha - keep * here.point.alpha) * x0
+    guess = mix(keep, x, there.point.alpha - keep * here.point.alpha, x0)
     if there.point.sigma == 0 or here.point.alpha == 0:
         return guess
     # d(x / alpha) / d(sigma / alpha) is the predicted noise; its mean over both ends adds half of the difference.

@@ -3,6 +3,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from lit_methods.datamodules import Mixture2DDataModule
 from lit_methods.diffusion import Denoiser, Diffusion, TimeMLP, bits_per_dim, nll
 from tests.unit.diffusion.closed_forms import POINTS, PROCESSES, STD, gaussian_denoiser
 
@@ -28,6 +29,12 @@ def test_probes_estimate_without_bias_and_more_are_better() -> None:
     exact = float(nll(denoiser, x[:1], steps=30, probes=None))
     assert float(one.mean()) == pytest.approx(exact, abs=0.1)
     assert 0 < float(four.std()) < 0.7 * float(one.std())
+
+
+def test_the_exact_model_of_a_mixture_has_the_exact_likelihood() -> None:
+    data = Mixture2DDataModule(std=0.2)
+    denoiser = Denoiser(lambda x, t: data.velocity(x, 1 - t, t, -1.0, 1.0), "fm", "flow")
+    torch.testing.assert_close(nll(denoiser, POINTS, steps=200, probes=None), -data.log_prob(POINTS), rtol=0, atol=0.01)
 
 
 def test_a_density_becomes_bits_by_the_width_of_a_level() -> None:
