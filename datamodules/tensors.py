@@ -25,6 +25,13 @@ def check_int(name: str, value: int, low: int, high: int | None = None) -> int:
     return value
 
 
+def check_range(name: str, value: tuple[float, float]) -> tuple[float, float]:
+    """Return ``value``, or raise the ``ValueError`` for what are not two rising finite numbers."""
+    if len(value) != 2 or not float("-inf") < value[0] < value[1] < float("inf"):
+        raise ValueError(f"Invalid {name}={value!r}: must be two rising finite numbers.")
+    return value[0], value[1]
+
+
 class TensorRows(Dataset[Batch], Generic[Batch]):
     """The rows of a NamedTuple of tensors, fetched a whole batch at a time by one indexing operation per tensor.
 

@@ -2,6 +2,7 @@ from . import batches as batches
 from . import black_box as black_box
 from . import callbacks as callbacks
 from . import datamodules as datamodules
+from . import diffusion as diffusion
 from . import games as games
 from . import llm as llm
 from . import metrics as metrics

@@ -13,9 +13,10 @@ from torch import nn
 def live_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Names of constructor arguments that must not enter the checkpoint's hyperparameters.
 
-    Use it as ``self.save_hyperparameters(ignore=live_arguments(locals()))``. Modules and callables cannot be loaded
-    with ``weights_only=True`` and are passed to ``load_from_checkpoint`` again. A module built by the CLI ignores
-    nothing: the CLI stores class paths and arguments instead of objects, and ``load_from_checkpoint`` rebuilds them.
+    Use it as ``self.save_hyperparameters(ignore=live_arguments(locals()))``. Modules, callables and settings objects
+    cannot be loaded with ``weights_only=True`` and are passed to ``load_from_checkpoint`` again. A module built by the
+    CLI ignores nothing: the CLI stores class paths and arguments instead of objects, and ``load_from_checkpoint``
+    rebuilds them.
 
     Args:
         arguments: argument name -> value, usually ``locals()`` at the top of ``__init__``.
@@ -30,7 +31,7 @@ def _is_live(value: Any) -> bool:
         return any(_is_live(item) for item in value.values())
     if isinstance(value, list | tuple):
         return any(_is_live(item) for item in value)
-    return isinstance(value, nn.Module) or callable(value)
+    return isinstance(value, nn.Module) or is_dataclass(value) or callable(value)
 
 
 def as_fields(settings: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from lit_methods.batches import SupervisedBatch
-from lit_methods.datamodules.tensors import TensorDataModule, check_int
+from lit_methods.datamodules.tensors import TensorDataModule, check_int, check_range
 
 _NUM_SAMPLES = 1797
 
@@ -22,6 +22,7 @@ class DigitsDataModule(TensorDataModule):
         seed: seed of the split and of the sample order, >= 0.
         val_size: number of validation images, >= 0 (0: no validation).
         test_size: number of test images, >= 0; at least one image must be left for training.
+        value_range: what black and white become; models of images want (-1, 1).
 
     Raises:
         ValueError: for an argument out of range.
@@ -30,16 +31,25 @@ class DigitsDataModule(TensorDataModule):
     num_classes = 10
 
     def __init__(
-        self, batch_size: int = 64, num_workers: int = 0, seed: int = 0, val_size: int = 180, test_size: int = 360
+        self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_size: int = 180,
+        test_size: int = 360,
+        value_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.val_size = check_int("val_size", val_size, 0, _NUM_SAMPLES - 1)
         self.test_size = check_int("test_size", test_size, 0, _NUM_SAMPLES - 1 - val_size)
+        self.value_range = check_range("value_range", value_range)
 
     def setup(self, stage: str) -> None:
         """Read the digits and split them."""
         digits = load_digits()
         x = torch.from_numpy(digits.images).float().div_(16).unsqueeze_(1)
+        low, high = self.value_range
+        x = low + (high - low) * x
         y = torch.from_numpy(digits.target).long()
         order = torch.randperm(_NUM_SAMPLES, generator=torch.Generator().manual_seed(self.seed))
         sizes = [_NUM_SAMPLES - self.val_size - self.test_size, self.val_size, self.test_size]

@@ -1,6 +1,7 @@
 """MNIST and Fashion-MNIST from their four IDX files, without torchvision."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from lit_methods.batches import SupervisedBatch
 from lit_methods.datamodules.download import fetch
 from lit_methods.datamodules.reading import open_unpacked, reading
-from lit_methods.datamodules.tensors import TensorDataModule, check_int
+from lit_methods.datamodules.tensors import TensorDataModule, check_int, check_range
 
 _FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
@@ -35,6 +36,7 @@ class MNISTDataModule(TensorDataModule):
         num_workers: loader processes on each rank, >= 0.
         seed: seed of the validation split and of the sample order, >= 0.
         val_size: number of validation images taken from the training set, >= 0 (0: no validation).
+        value_range: what black and white become; models of images want (-1, 1).
 
     Raises:
         ValueError: for an argument out of range, or a file that is damaged or not what its name says.
@@ -64,8 +66,10 @@ class MNISTDataModule(TensorDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_size: int = 5000,
+        value_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, transform=_to_unit_floats)
+        to_floats = partial(_to_floats, value_range=check_range("value_range", value_range))
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, transform=to_floats)
         self.data_dir = data_dir
         self.val_size = check_int("val_size", val_size, 0)
 
@@ -136,6 +140,7 @@ class FashionMNISTDataModule(MNISTDataModule):
         num_workers: loader processes on each rank, >= 0.
         seed: seed of the validation split and of the sample order, >= 0.
         val_size: number of validation images taken from the training set, >= 0 (0: no validation).
+        value_range: what black and white become; models of images want (-1, 1).
 
     Raises:
         ValueError: for an argument out of range, or a file that is damaged or not what its name says.
@@ -159,8 +164,48 @@ class FashionMNISTDataModule(MNISTDataModule):
         num_workers: int = 0,
         seed: int = 0,
         val_size: int = 5000,
+        value_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        super().__init__(data_dir, batch_size, num_workers, seed, val_size)
+        super().__init__(data_dir, batch_size, num_workers, seed, val_size, value_range)
+
+
+class KMNISTDataModule(MNISTDataModule):
+    """KMNIST: 60000 + 10000 grey images of cursive Japanese characters, 28x28 pixels, ten classes.
+
+    Clanuwat et al., *Deep Learning for Classical Japanese Literature*, 2018 (arXiv 1812.01718). Everything is as in
+    :class:`MNISTDataModule`.
+
+    Args:
+        data_dir: folder with the four files.
+        batch_size: samples per batch on each rank, >= 1.
+        num_workers: loader processes on each rank, >= 0.
+        seed: seed of the validation split and of the sample order, >= 0.
+        val_size: number of validation images taken from the training set, >= 0 (0: no validation).
+        value_range: what black and white become; models of images want (-1, 1).
+
+    Raises:
+        ValueError: for an argument out of range, or a file that is damaged or not what its name says.
+        FileNotFoundError: when files are missing and cannot be downloaded; says which, where, and how to get them.
+    """
+
+    mirrors: ClassVar[tuple[str, ...]] = ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",)
+    md5: ClassVar[dict[str, str]] = {
+        "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+        "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+        "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+        "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134",
+    }
+
+    def __init__(
+        self,
+        data_dir: str = "data/kmnist",
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_size: int = 5000,
+        value_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__(data_dir, batch_size, num_workers, seed, val_size, value_range)
 
 
 def read_idx(path: Path) -> Tensor:
@@ -189,5 +234,7 @@ def read_idx(path: Path) -> Tensor:
     return torch.tensor(np.frombuffer(content, np.uint8)[header:].reshape(shape))
 
 
-def _to_unit_floats(batch: SupervisedBatch) -> SupervisedBatch:
-    return SupervisedBatch(batch.x.float().div_(255), batch.y)
+def _to_floats(batch: SupervisedBatch, value_range: tuple[float, float]) -> SupervisedBatch:
+    low, high = value_range
+    x = batch.x.float().div_(255)
+    return SupervisedBatch(x if (low, high) == (0, 1) else x.mul_(high - low).add_(low), batch.y)

@@ -1,3 +1,4 @@
+from .classifier_features import ClassifierFeatures as ClassifierFeatures
 from .ranking import NDCGAtK as NDCGAtK
 from .ranking import RecallAtK as RecallAtK
 from .ranking import top_unseen_items as top_unseen_items
@@ -5,3 +6,8 @@ from .regret import DynamicRegret as DynamicRegret
 from .regret import GradientVariation as GradientVariation
 from .regret import PathLength as PathLength
 from .regret import StaticRegret as StaticRegret
+from .samples import MMD as MMD
+from .samples import ClassifierConfidence as ClassifierConfidence
+from .samples import NearestDistance as NearestDistance
+from .samples import PrecisionRecall as PrecisionRecall
+from .samples import SlicedWasserstein as SlicedWasserstein

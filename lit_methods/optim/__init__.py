@@ -10,6 +10,15 @@ from lit_methods.optim.cbo import (
     particle_losses,
 )
 from lit_methods.optim.constraints import Ball, Box, L1Ball, Simplex
+from lit_methods.optim.exponentiated_gradient import (
+    AdamWExponentiated,
+    ExponentiatedGradient,
+    SignConstrainedSGD,
+    SplitBias,
+    dale_init_,
+    eg_param_groups,
+    lognormal_,
+)
 from lit_methods.optim.langevin import AnnealedLangevin
 from lit_methods.optim.mdpo import MDPO, MDPOStepSize
 from lit_methods.optim.mfac import MFAC, FisherInverse, collect_gradients
@@ -42,6 +51,7 @@ __all__ = [
     "MFAC",
     "SSO",
     "AdamCBO",
+    "AdamWExponentiated",
     "AnnealedLangevin",
     "ArmijoSGD",
     "Ball",
@@ -51,6 +61,7 @@ __all__ = [
     "DiagonalAdaGrad",
     "Entropy",
     "Euclidean",
+    "ExponentiatedGradient",
     "ExtraAdam",
     "ExtraGradient",
     "FisherInverse",
@@ -69,8 +80,13 @@ __all__ = [
     "PiecewiseConstantLR",
     "PolarizedCBO",
     "ScaledGD",
+    "SignConstrainedSGD",
     "Simplex",
+    "SplitBias",
     "UnnormalizedEntropy",
     "collect_gradients",
+    "dale_init_",
+    "eg_param_groups",
+    "lognormal_",
     "particle_losses",
 ]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.foundation.flat import local_tensor
-from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient, state_dtype
+from lit_methods.optim.foundation.states import state_dtype
+from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient
 
 __all__ = ["OptimisticAdam"]
 

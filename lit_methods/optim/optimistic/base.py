@@ -11,7 +11,8 @@ from torch.optim.optimizer import Optimizer
 from lit_methods.optim.constraints import Constraint
 from lit_methods.optim.foundation.finite import gradients_are_finite, warn_of_skipped_step
 from lit_methods.optim.foundation.flat import is_dtensor, local_grad, local_tensor
-from lit_methods.optim.foundation.groups import check_gradients, check_lr, check_own_state
+from lit_methods.optim.foundation.groups import check_gradients, check_lr
+from lit_methods.optim.foundation.states import load_unrounded_state, state_dtype
 from lit_methods.optim.mirror_maps import Euclidean, check_exact
 
 Hint = Callable[[Tensor], Tensor]
@@ -20,8 +21,7 @@ Hint = Callable[[Tensor], Tensor]
 class OnlineOptimizer(Optimizer):
     """An optimizer that validates each group, and loads its state in the dtype in which it was saved.
 
-    ``torch.optim.Optimizer`` casts loaded state to the dtype of the parameter, which would round float32 master state
-    of bfloat16 parameters. Subclasses define :meth:`_check_group` and :meth:`_step_group`.
+    Subclasses define :meth:`_check_group` and :meth:`_step_group`.
     """
 
     takes_dtensors = False
@@ -81,27 +81,13 @@ class OnlineOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; tensors are copied to their parameter's device and keep their dtype."""
-        check_own_state(self, state_dict, {*self.state_names})
-        super().load_state_dict({**state_dict, "state": {}})
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(keys, params, strict=True):
-            if key in state_dict["state"]:
-                self.state[p] = {
-                    name: value.detach().clone().to(p.device) if isinstance(value, Tensor) else value
-                    for name, value in state_dict["state"][key].items()
-                }
+        load_unrounded_state(self, state_dict, {*self.state_names})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
-
-
-def state_dtype(p: Tensor) -> torch.dtype:
-    """Float64 for float64 parameters, float32 for all others."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def loss_gradient(p: Any, group: dict[str, Any], gradient: Tensor | None = None) -> Tensor:

@@ -15,13 +15,13 @@ from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Constraint, apply_constraint
 from lit_methods.optim.foundation.groups import check_nonnegative, check_positive
+from lit_methods.optim.foundation.states import state_dtype
 from lit_methods.optim.optimistic.base import (
     OnlineOptimizer,
     check_constraint,
     left_out,
     loss_gradient,
     start_inside,
-    state_dtype,
 )
 
 __all__ = ["OptimisticEnsemble"]

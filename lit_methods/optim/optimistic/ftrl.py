@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Constraint, apply_constraint
 from lit_methods.optim.foundation.groups import check_positive
+from lit_methods.optim.foundation.states import state_dtype
 from lit_methods.optim.optimistic.base import (
     Hint,
     OnlineOptimizer,
@@ -21,7 +22,6 @@ from lit_methods.optim.optimistic.base import (
     left_out,
     loss_gradient,
     start_inside,
-    state_dtype,
 )
 
 __all__ = ["OptimisticFTL", "OptimisticFTRL"]

@@ -14,13 +14,13 @@ from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Constraint, apply_constraint
 from lit_methods.optim.foundation.groups import check_positive
+from lit_methods.optim.foundation.states import state_dtype
 from lit_methods.optim.optimistic.base import (
     OnlineOptimizer,
     check_constraint,
     left_out,
     loss_gradient,
     start_inside,
-    state_dtype,
 )
 
 __all__ = ["ImplicitOMD", "prox_absolute", "prox_hinge"]

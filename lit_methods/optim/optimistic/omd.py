@@ -25,6 +25,7 @@ from torch.optim.optimizer import ParamsT
 from lit_methods.optim.constraints import Ball, Constraint, L1Ball, Simplex, apply_constraint
 from lit_methods.optim.foundation.flat import is_dtensor, local_tensor, sum_over_shards
 from lit_methods.optim.foundation.groups import check_positive, count_round, rounds_so_far
+from lit_methods.optim.foundation.states import state_dtype
 from lit_methods.optim.mirror_maps import (
     SMALLEST_PROBABILITY,
     DiagonalAdaGrad,
@@ -43,7 +44,6 @@ from lit_methods.optim.optimistic.base import (
     left_out,
     loss_gradient,
     start_inside,
-    state_dtype,
 )
 
 __all__ = ["OptimisticOMD"]

@@ -11,6 +11,7 @@ from lit_methods.datamodules import (
     CIFAR100DataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
+    KMNISTDataModule,
     MNISTDataModule,
 )
 from tests.contract.cases.kinds import LOADER_ARGUMENTS, Arguments, DataModuleCase
@@ -36,6 +37,8 @@ _CIFAR_ARGUMENTS: list[tuple[Arguments, str]] = [
     ({"std": (1.0, 0.0, 1.0)}, "std=.*three numbers > 0"),
 ]
 
+_RANGE: tuple[Arguments, str] = ({"value_range": (1.0, -1.0)}, "value_range=.*: must be two rising")
+
 DATAMODULES: dict[str, DataModuleCase] = {
     "lit_methods.datamodules.CIFAR10DataModule": DataModuleCase(
         partial(_cifar, CIFAR10DataModule), bad=_CIFAR_ARGUMENTS
@@ -45,10 +48,15 @@ DATAMODULES: dict[str, DataModuleCase] = {
     ),
     "lit_methods.datamodules.DigitsDataModule": DataModuleCase(
         lambda folder, **arguments: DigitsDataModule(**arguments),
-        bad=[*LOADER_ARGUMENTS, ({"test_size": 1797}, "test_size=1797: must be")],
+        bad=[*LOADER_ARGUMENTS, ({"test_size": 1797}, "test_size=1797: must be"), _RANGE],
+    ),
+    "lit_methods.datamodules.KMNISTDataModule": DataModuleCase(
+        partial(_mnist, KMNISTDataModule), bad=[*LOADER_ARGUMENTS, _RANGE]
     ),
     "lit_methods.datamodules.FashionMNISTDataModule": DataModuleCase(
-        partial(_mnist, FashionMNISTDataModule), bad=LOADER_ARGUMENTS
+        partial(_mnist, FashionMNISTDataModule), bad=[*LOADER_ARGUMENTS, _RANGE]
     ),
-    "lit_methods.datamodules.MNISTDataModule": DataModuleCase(partial(_mnist, MNISTDataModule), bad=LOADER_ARGUMENTS),
+    "lit_methods.datamodules.MNISTDataModule": DataModuleCase(
+        partial(_mnist, MNISTDataModule), bad=[*LOADER_ARGUMENTS, _RANGE]
+    ),
 }

@@ -1,0 +1,201 @@
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_methods.diffusion import (
+    Denoiser,
+    DiscreteVP,
+    DiT,
+    FlowMap,
+    Labels,
+    UNet2D,
+    VPLinear,
+    from_diffusers,
+    sample,
+    to_pipeline,
+    to_scheduler,
+)
+
+diffusers = pytest.importorskip("diffusers")
+
+SMALL = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def ddpm(**config) -> "diffusers.DDPMScheduler":
+    return diffusers.DDPMScheduler(**config)
+
+
+def test_a_table_agrees_with_the_formula_it_was_made_of() -> None:
+    exact = VPLinear()
+    steps = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    table = DiscreteVP(tuple((exact.alpha(steps) ** 2).tolist()))
+    t = torch.tensor([0.1234, 0.5, 0.9], dtype=torch.float64)
+    for got, expected in zip(table.at(t), exact.at(t), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(table.t_from_lam(table.lam(t)), t, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(table.alpha(steps) ** 2, torch.tensor(table.alphas_cumprod).double())
+    with pytest.raises(ValueError, match="alphas_cumprod must be falling"):
+        DiscreteVP((0.5, 0.9))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_pipeline_folder_samples_as_in_diffusers(prediction: str, tmp_path: Path) -> None:
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type=prediction, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    pipeline = diffusers.DDIMPipeline(diffusers.UNet2DModel(**SMALL), scheduler)
+    pipeline.save_pretrained(tmp_path / "pipe")
+    denoiser = from_diffusers(tmp_path / "pipe")
+    x = torch.randn(2, 1, 8, 8)
+    scheduler.set_timesteps(5)
+    expected = x
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            expected = scheduler.step(pipeline.unet(expected, t).sample, t, expected).prev_sample
+    times = [*((int(t) + 1) / 1000 for t in scheduler.timesteps), 0.0]
+    out = sample(denoiser, x_init=x, solver="ddim", times=times)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vp", "fm"])
+def test_our_model_becomes_a_folder_that_a_new_process_samples_from(kind: str, tmp_path: Path) -> None:
+    model = diffusers.UNet2DModel(**SMALL)
+    if kind == "vp":
+        denoiser = Denoiser(UNet2D(model, 1000.0, -1.0), "vp_linear", "epsilon").eval()
+    else:
+        denoiser = Denoiser(UNet2D(model), "fm", "flow").eval()
+    to_pipeline(denoiser, tmp_path / "pipe")
+    script = (
+        "import torch, diffusers; from diffusers import DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained({str(tmp_path / 'pipe')!r})\n"
+        "pipe.set_progress_bar_config(disable=True)\n"
+        "g = torch.Generator().manual_seed(5)\n"
+        "out = pipe(batch_size=2, generator=g, num_inference_steps=6, output_type='np').images\n"
+        f"torch.save((torch.tensor(out), pipe.scheduler.timesteps), {str(tmp_path / 'out.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    images, timesteps = torch.load(tmp_path / "out.pt")
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    offset = 1 if kind == "vp" else 0
+    times = [*((float(t) + offset) / 1000 for t in timesteps), 0.0]
+    out = sample(denoiser, x_init=x, solver="ddim" if kind == "vp" else "euler", times=times)
+    expected = (out / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
+    assert float(images.std()) > 0.05
+
+
+def test_exported_schedulers_do_not_clip() -> None:
+    net = UNet2D(dict(SMALL))
+    ddim = to_scheduler(Denoiser(net, "vp_cosine", "v_prediction"))
+    assert not ddim.config.clip_sample
+    assert not ddim.config.thresholding
+    edm = to_scheduler(Denoiser(net, "edm", "edm", "edm", sigma_data=0.7))
+    assert edm.config.sigma_data == 0.7
+    with pytest.raises(ValueError, match=r"diffusers has no scheduler for VE.* with prediction 'x0'"):
+        to_scheduler(Denoiser(net, "ve", "x0"))
+
+
+def test_edm_models_of_diffusers_are_called_as_there() -> None:
+    model = diffusers.UNet2DModel(**SMALL).eval()
+    scheduler = diffusers.EDMEulerScheduler()
+    scheduler.set_timesteps(4)
+    denoiser = from_diffusers(model, scheduler)
+    x = 80 * torch.randn(2, 1, 8, 8)
+    expected = x
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            given = scheduler.scale_model_input(expected, t)
+            expected = scheduler.step(model(given, t).sample, t, expected).prev_sample
+    out = sample(denoiser, x_init=x, solver="euler", times=scheduler.sigmas.double())
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_images_are_padded_and_times_reach_the_embedding() -> None:
+    net = UNet2D(
+        {
+            **SMALL,
+            "block_out_channels": (8, 8, 16),
+            "down_block_types": ("DownBlock2D",) * 3,
+            "up_block_types": ("UpBlock2D",) * 3,
+        }
+    )
+    assert net(torch.randn(2, 1, 7, 6), torch.tensor([0.1, 0.5])).shape == (2, 1, 7, 6)
+    t = torch.linspace(0, 1, 100)
+    for scale, low, high in ((1000.0, 0.7, 1.0), (1.0, 0.0, 0.3)):
+        varies = (net.model.time_proj(t * scale).std(0) > 0.1).float().mean()
+        assert low <= float(varies) <= high
+
+
+def test_dit_takes_labels_and_leaves_dropping_them_to_the_conditioning() -> None:
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 1,
+        "num_layers": 1,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": 10,
+        "norm_num_groups": 1,
+        "out_channels": 2,
+    }
+    net = DiT(config).train()
+    x, t, labels = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 10])
+    torch.nn.init.normal_(net.model.proj_out_2.weight)
+    assert torch.equal(net(x, t, labels), net(x, t, labels))
+    denoiser = from_diffusers(net.model, ddpm())
+    assert isinstance(denoiser.conditioning, Labels)
+    assert denoiser.conditioning.num_classes == 10
+    with pytest.raises(ValueError, match="needs labels"):
+        net(x, t)
+
+
+def test_second_times_reach_a_unet_and_meanflow_learns_with_it() -> None:
+    net = UNet2D({**SMALL, "class_embed_type": "timestep"}, time_scale=1.0)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.5])
+    near, far = net(x, t, s=t), net(x, t, s=t - 0.4)
+    assert not torch.equal(near, far)
+    # Attention of UNet2DModel has no forward-mode derivative: without it, and by finite differences, all is well.
+    plain = UNet2D({**SMALL, "class_embed_type": "timestep", "add_attention": False}, time_scale=1.0)
+    for network, jvp in ((plain, "forward"), (net, "finite_difference")):
+        loss = FlowMap(network, "meanflow", jvp=jvp, seed=0).loss(x, generator=torch.Generator().manual_seed(0))
+        assert loss.isfinite()
+    with pytest.raises(RuntimeError, match='choose jvp="finite_difference"'):
+        FlowMap(net, "meanflow").loss(x)
+    with pytest.raises(ValueError, match="takes labels or a second time, not both"):
+        net(x, t, torch.tensor([0, 1]), t)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda f: UNet2D(dict(SMALL), time_scale=0.0), "time_scale must be > 0"),
+        (lambda f: from_diffusers(diffusers.UNet2DModel(**SMALL)), "scheduler must be given with a model"),
+        (lambda f: from_diffusers(torch.nn.Linear(1, 1), ddpm()), "source must be a UNet2DModel"),
+        (lambda f: to_pipeline(Denoiser(torch.nn.Linear(1, 1)), f), "denoiser must have a UNet2D without"),
+        (
+            lambda f: to_pipeline(Denoiser(UNet2D(dict(SMALL)), "vp_linear", "epsilon"), f),
+            "time_scale and time_offset of UNet2D must be 1000 and -1",
+        ),
+    ],
+)
+def test_bad_arguments(build, message: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=message):
+        build(tmp_path)
