@@ -5,6 +5,7 @@ from .checkpoints import LastCheckpoint as LastCheckpoint
 from .convergence_curves import ConvergenceCurves as ConvergenceCurves
 from .convergence_rates import ConvergenceRates as ConvergenceRates
 from .exact_resume import ExactResume as ExactResume
+from .games import SmallGainCertification as SmallGainCertification
 from .learning_curves import LearningCurves as LearningCurves
 from .llm import ExportHF as ExportHF
 from .llm import SampleTable as SampleTable
