@@ -11,6 +11,7 @@ from .diffusion import RestorationGrid as RestorationGrid
 from .diffusion import SampleGrid as SampleGrid
 from .diffusion import SampleQuality as SampleQuality
 from .exact_resume import ExactResume as ExactResume
+from .games import SmallGainCertification as SmallGainCertification
 from .learning_curves import LearningCurves as LearningCurves
 from .llm import ExportHF as ExportHF
 from .llm import SampleTable as SampleTable

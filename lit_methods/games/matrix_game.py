@@ -68,6 +68,16 @@ class MatrixGame(LightningModule):
         """What the row player pays, a scalar."""
         return self.x @ self.payoff.to(self.x) @ self.y
 
+    def blocks(self) -> list[Tensor]:
+        """Where the players are, for :func:`~lit_methods.games.certify`."""
+        return [self.x.detach().clone(), self.y.detach().clone()]
+
+    def losses(self, *blocks: Tensor) -> list[Tensor]:
+        """What each player minimises: the payoff, and minus the payoff."""
+        x, y = blocks
+        paid = x @ self.payoff.to(x) @ y
+        return [paid, -paid]
+
     def train_dataloader(self) -> DataLoader:
         """A loader of ``rounds`` indices: the game needs no data."""
         return DataLoader(range(self.rounds))  # type: ignore[arg-type]

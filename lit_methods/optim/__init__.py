@@ -41,6 +41,7 @@ from lit_methods.optim.optimistic import (
     OptimisticOMD,
     OptimisticOnlineNewton,
 )
+from lit_methods.optim.pseudo_gradient_rk4 import PseudoGradientRK4
 from lit_methods.optim.scaled_gd import ScaledGD
 from lit_methods.optim.schedules import PiecewiseConstantLR
 from lit_methods.optim.sso import SSO, ArmijoSGD
@@ -79,6 +80,7 @@ __all__ = [
     "PNorm",
     "PiecewiseConstantLR",
     "PolarizedCBO",
+    "PseudoGradientRK4",
     "ScaledGD",
     "SignConstrainedSGD",
     "Simplex",
