@@ -4,12 +4,14 @@ from .checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
 from .checkpoints import LastCheckpoint as LastCheckpoint
 from .convergence_curves import ConvergenceCurves as ConvergenceCurves
 from .convergence_rates import ConvergenceRates as ConvergenceRates
+from .dale import DaleMonitor as DaleMonitor
 from .diffusion import ConsistencySchedule as ConsistencySchedule
 from .diffusion import LikelihoodEvaluation as LikelihoodEvaluation
 from .diffusion import RestorationGrid as RestorationGrid
 from .diffusion import SampleGrid as SampleGrid
 from .diffusion import SampleQuality as SampleQuality
 from .exact_resume import ExactResume as ExactResume
+from .games import SmallGainCertification as SmallGainCertification
 from .learning_curves import LearningCurves as LearningCurves
 from .llm import ExportHF as ExportHF
 from .llm import SampleTable as SampleTable

@@ -35,8 +35,8 @@ class ConvergenceRates(LearningCurves):
         super().__init__(metrics, name)
         if from_step < 1:
             raise ValueError(f"from_step must be at least 1, got {from_step}")
-        if not floor > 0:
-            raise ValueError(f"floor must be > 0, got {floor}")
+        if not 0 < floor < float("inf"):
+            raise ValueError(f"floor must be > 0 and finite, got {floor}")
         self.from_step = from_step
         self.floor = floor
         self.rates: dict[str, dict[str, float]] = {}

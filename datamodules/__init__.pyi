@@ -3,6 +3,7 @@ from .images import CIFAR100DataModule as CIFAR100DataModule
 from .images import DigitPointsDataModule as DigitPointsDataModule
 from .images import DigitsDataModule as DigitsDataModule
 from .images import FashionMNISTDataModule as FashionMNISTDataModule
+from .images import KMNISTDataModule as KMNISTDataModule
 from .images import MNISTDataModule as MNISTDataModule
 from .interactions import InteractionsDataModule as InteractionsDataModule
 from .interactions import MovieLensDataModule as MovieLensDataModule
@@ -19,6 +20,7 @@ from .synthetic import MatrixFactorizationDataModule as MatrixFactorizationDataM
 from .synthetic import Mixture2DDataModule as Mixture2DDataModule
 from .synthetic import SEADataModule as SEADataModule
 from .synthetic import SensingDataModule as SensingDataModule
+from .synthetic import SparseTeacherDataModule as SparseTeacherDataModule
 from .tables import BreastCancerDataModule as BreastCancerDataModule
 from .tables import CovertypeDataModule as CovertypeDataModule
 from .tables import LibSVMDataModule as LibSVMDataModule

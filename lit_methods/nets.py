@@ -173,8 +173,8 @@ class LoRANetwork(nn.Module):
 
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
-        if not init_scale > 0:
-            raise ValueError(f"init_scale must be > 0, got {init_scale}")
+        if not 0 < init_scale < float("inf"):
+            raise ValueError(f"init_scale must be > 0 and finite, got {init_scale}")
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise ValueError(f"network has no torch.nn.Linear to adapt: {type(network).__name__}")

@@ -12,7 +12,8 @@ from lit_methods.diffusion.streams import stream
 class LikelihoodEvaluation(Callback):
     """Log the negative log-likelihood of the test data: ``test/nll`` in nats, and ``test/bits_per_dim``.
 
-    For a module with a ``denoiser``, as :class:`~lit_methods.diffusion.Diffusion` is.
+    For a module with a ``denoiser`` of the data, as :class:`~lit_methods.diffusion.Diffusion` is, or with a method
+    ``log_prob``, as :class:`~lit_methods.diffusion.MultiplicativeDiffusion`.
 
     Args:
         steps: steps of the ODE, >= 1.
@@ -61,7 +62,9 @@ class LikelihoodEvaluation(Callback):
         if self.levels is not None:
             noise = x.new_empty(x.shape).uniform_(-0.5, 0.5, generator=generator)
             x = x + noise * (self.value_range[1] - self.value_range[0]) / (self.levels - 1)
-        nats = nll(denoiser, x, cond, steps=self.steps, probes=self.probes, generator=generator)  # type: ignore[arg-type]
+        settings: Any = {"steps": self.steps, "probes": self.probes, "generator": generator}
+        log_prob: Any = getattr(pl_module, "log_prob", None)
+        nats = nll(denoiser, x, cond, **settings) if log_prob is None else -log_prob(x, cond, **settings)  # type: ignore[arg-type]
         pl_module.log("test/nll", nats.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(x))
         if self.levels is not None:
             bits = bits_per_dim(nats, x[0].numel(), self.levels, self.value_range).mean()

@@ -30,8 +30,8 @@ class SFTWarmup(Callback):
     def __init__(self, steps: int = 300, lr: float = 1e-3, max_grad_norm: float = 1.0) -> None:
         if steps < 1:
             raise ValueError(f"steps must be 1 or more, got {steps}")
-        if not lr > 0 or not max_grad_norm > 0:
-            raise ValueError(f"lr and max_grad_norm must be positive, got {lr} and {max_grad_norm}")
+        if not (0 < lr < float("inf") and 0 < max_grad_norm < float("inf")):
+            raise ValueError(f"lr and max_grad_norm must be > 0 and finite, got {lr} and {max_grad_norm}")
         self.steps = steps
         self.lr = lr
         self.max_grad_norm = max_grad_norm

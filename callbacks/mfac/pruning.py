@@ -97,8 +97,8 @@ class MFACPruning(Callback):
         for name, value in (("batch_size", batch_size), ("recomputations", recomputations), ("block_size", block_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        if not damping > 0:
-            raise ValueError(f"damping must be > 0, got {damping}")
+        if not 0 < damping < float("inf"):
+            raise ValueError(f"damping must be > 0 and finite, got {damping}")
         if scope not in ("global", "layer"):
             raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
         if seed < 0:

@@ -3,7 +3,7 @@
 from lit_methods.datamodules.images.cifar import CIFAR10DataModule, CIFAR100DataModule
 from lit_methods.datamodules.images.digit_points import DigitPointsDataModule
 from lit_methods.datamodules.images.digits import DigitsDataModule
-from lit_methods.datamodules.images.mnist import FashionMNISTDataModule, MNISTDataModule
+from lit_methods.datamodules.images.mnist import FashionMNISTDataModule, KMNISTDataModule, MNISTDataModule
 
 __all__ = [
     "CIFAR10DataModule",
@@ -11,5 +11,6 @@ __all__ = [
     "DigitPointsDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "KMNISTDataModule",
     "MNISTDataModule",
 ]

@@ -169,6 +169,45 @@ class FashionMNISTDataModule(MNISTDataModule):
         super().__init__(data_dir, batch_size, num_workers, seed, val_size, value_range)
 
 
+class KMNISTDataModule(MNISTDataModule):
+    """KMNIST: 60000 + 10000 grey images of cursive Japanese characters, 28x28 pixels, ten classes.
+
+    Clanuwat et al., *Deep Learning for Classical Japanese Literature*, 2018 (arXiv 1812.01718). Everything is as in
+    :class:`MNISTDataModule`.
+
+    Args:
+        data_dir: folder with the four files.
+        batch_size: samples per batch on each rank, >= 1.
+        num_workers: loader processes on each rank, >= 0.
+        seed: seed of the validation split and of the sample order, >= 0.
+        val_size: number of validation images taken from the training set, >= 0 (0: no validation).
+        value_range: what black and white become; models of images want (-1, 1).
+
+    Raises:
+        ValueError: for an argument out of range, or a file that is damaged or not what its name says.
+        FileNotFoundError: when files are missing and cannot be downloaded; says which, where, and how to get them.
+    """
+
+    mirrors: ClassVar[tuple[str, ...]] = ("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",)
+    md5: ClassVar[dict[str, str]] = {
+        "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+        "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+        "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+        "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134",
+    }
+
+    def __init__(
+        self,
+        data_dir: str = "data/kmnist",
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_size: int = 5000,
+        value_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__(data_dir, batch_size, num_workers, seed, val_size, value_range)
+
+
 def read_idx(path: Path) -> Tensor:
     """Read a gzipped IDX file of unsigned bytes.
 

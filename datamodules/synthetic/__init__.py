@@ -4,6 +4,7 @@ from lit_methods.datamodules.synthetic.matrix_factorization import MatrixFactori
 from lit_methods.datamodules.synthetic.mixture2d import Mixture2DDataModule
 from lit_methods.datamodules.synthetic.online_streams import DriftingDigitsDataModule, SEADataModule
 from lit_methods.datamodules.synthetic.sensing import SensingDataModule
+from lit_methods.datamodules.synthetic.sparse_teacher import SparseTeacherDataModule
 
 __all__ = [
     "DriftingDigitsDataModule",
@@ -11,4 +12,5 @@ __all__ = [
     "Mixture2DDataModule",
     "SEADataModule",
     "SensingDataModule",
+    "SparseTeacherDataModule",
 ]

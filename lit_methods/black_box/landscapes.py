@@ -44,8 +44,8 @@ class Rastrigin(nn.Module):
 
     def __init__(self, height: float = 2.5) -> None:
         super().__init__()
-        if not height > 0:
-            raise ValueError(f"height must be > 0, got {height}")
+        if not 0 < height < math.inf:
+            raise ValueError(f"height must be > 0 and finite, got {height}")
         self.height = height
 
     def forward(self, points: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Minimise a test function by several methods, many independent runs of each."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -59,14 +60,16 @@ class LandscapeMinimization(LightningModule):
             raise ValueError("methods must name at least one optimizer, got {}")
         if not start:
             raise ValueError("start must hold at least one coordinate, got []")
+        if not all(map(math.isfinite, start)):
+            raise ValueError(f"start must hold finite numbers, got {start}")
         for name, value in (("num_runs", num_runs), ("steps_per_epoch", steps_per_epoch)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         inner_steps = inner_steps or {}
         if not (inner_steps.keys() <= methods.keys() and all(steps >= 1 for steps in inner_steps.values())):
             raise ValueError(f"inner_steps must give names among {list(methods)} numbers >= 1, got {inner_steps}")
-        if not tolerance > 0:
-            raise ValueError(f"tolerance must be > 0, got {tolerance}")
+        if not 0 < tolerance < math.inf:
+            raise ValueError(f"tolerance must be > 0 and finite, got {tolerance}")
         self.save_hyperparameters(ignore=live_arguments(locals()))
         self.automatic_optimization = False
         self.objective = objective

@@ -1,6 +1,16 @@
 from .conditioning import Conditioning as Conditioning
 from .conditioning import Labels as Labels
 from .conditioning import Vectors as Vectors
+from .dale_langevin import DLS as DLS
+from .dale_langevin import UMS as UMS
+from .dale_langevin import Annealing as Annealing
+from .dale_langevin import GeometricBrownian as GeometricBrownian
+from .dale_langevin import LogNetwork as LogNetwork
+from .dale_langevin import MultiplicativeDiffusion as MultiplicativeDiffusion
+from .dale_langevin import NoiseVariance as NoiseVariance
+from .dale_langevin import PositiveData as PositiveData
+from .dale_langevin import PowerTimes as PowerTimes
+from .dale_langevin import nonneg_score_matching_loss as nonneg_score_matching_loss
 from .denoiser import Denoiser as Denoiser
 from .diffusers_models import DiscreteVP as DiscreteVP
 from .diffusers_models import DiT as DiT
@@ -10,6 +20,10 @@ from .diffusers_models import to_pipeline as to_pipeline
 from .diffusers_models import to_scheduler as to_scheduler
 from .diffusion import Diffusion as Diffusion
 from .diffusion import denoising_loss as denoising_loss
+from .f_distill import RatioNormalizer as RatioNormalizer
+from .f_distill import divergence_weight as divergence_weight
+from .f_distill import normalize_weight as normalize_weight
+from .f_distill import vsd_loss as vsd_loss
 from .flow_map import FlowMap as FlowMap
 from .grids import Grid as Grid
 from .grids import KarrasGrid as KarrasGrid

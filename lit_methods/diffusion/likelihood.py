@@ -1,6 +1,7 @@
 """The likelihood that the probability-flow ODE gives to data (Song et al. 2021, arXiv 2011.13456)."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ def nll(
     grid: str | Grid | None = None,
     probes: int | None = 1,
     generator: torch.Generator | None = None,
+    prior: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each sample in nats, as a density with respect to the units of ``x``.
 
@@ -36,6 +38,8 @@ def nll(
         probes: random vectors of signs, the same along the whole path, whose mean estimates the divergence without bias
             (Hutchinson); ``None`` computes it exactly at a gradient for each value of a sample.
         generator: source of the probes.
+        prior: negative log-density of samples at the last time, ``(batch, ...)`` to ``(batch,)``, which must be what
+            sampling starts from; ``None``: normal noise of the process's ``prior_std``.
 
     Returns:
         ``(batch,)``.
@@ -65,6 +69,8 @@ def nll(
         later_flow, later_divergence = slope(x + (r - t) * flow, r)
         x = x + 0.5 * (r - t) * (flow + later_flow)
         change = change + 0.5 * (r - t) * (divergence + later_divergence)
+    if prior is not None:
+        return prior(x) - change
     std = process.prior_std
     squares = (x / std).square().flatten(1).sum(1)
     return 0.5 * squares + x[0].numel() * (0.5 * math.log(2 * math.pi) + math.log(std)) - change

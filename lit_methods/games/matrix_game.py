@@ -52,6 +52,8 @@ class MatrixGame(LightningModule):
         matrix = torch.tensor(payoff, dtype=torch.float64)
         if matrix.ndim != 2 or 0 in matrix.shape:
             raise ValueError(f"payoff must be a matrix, got shape {tuple(matrix.shape)}")
+        if not matrix.isfinite().all():
+            raise ValueError(f"payoff must hold finite numbers, got {payoff}")
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         self.save_hyperparameters(ignore=live_arguments(locals()))
@@ -65,6 +67,16 @@ class MatrixGame(LightningModule):
     def forward(self) -> Tensor:
         """What the row player pays, a scalar."""
         return self.x @ self.payoff.to(self.x) @ self.y
+
+    def blocks(self) -> list[Tensor]:
+        """Where the players are, for :func:`~lit_methods.games.certify`."""
+        return [self.x.detach().clone(), self.y.detach().clone()]
+
+    def losses(self, *blocks: Tensor) -> list[Tensor]:
+        """What each player minimises: the payoff, and minus the payoff."""
+        x, y = blocks
+        paid = x @ self.payoff.to(x) @ y
+        return [paid, -paid]
 
     def train_dataloader(self) -> DataLoader:
         """A loader of ``rounds`` indices: the game needs no data."""
@@ -91,6 +103,8 @@ def _start(name: str, values: list[float] | None, size: int, mixed: bool) -> Ten
     start = torch.full((size,), 1 / size if mixed else 1.0) if values is None else torch.tensor(values)
     if len(start) != size:
         raise ValueError(f"{name} must have {size} entries, got {len(start)}")
+    if not start.isfinite().all():
+        raise ValueError(f"{name} must hold finite numbers, got {values}")
     if mixed and not (bool((start >= 0).all()) and abs(float(start.sum()) - 1) < 1e-5):
         raise ValueError(f"{name} must be a probability vector in a mixed game, got {values}")
     return start

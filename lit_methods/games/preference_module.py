@@ -54,8 +54,8 @@ class PreferenceGame(L.LightningModule):
         self.register_load_state_dict_pre_hook(load_unrounded)
         self.save_hyperparameters()
         self.automatic_optimization = False
-        if not beta > 0:
-            raise ValueError(f"beta={beta} must be positive")
+        if not 0 < beta < float("inf"):
+            raise ValueError(f"beta must be > 0 and finite, got {beta}")
         self.beta = beta
         self.eta = 2.0 * beta if eta is None else eta
         if not self.eta > 0:
@@ -77,6 +77,18 @@ class PreferenceGame(L.LightningModule):
 
     def _kl(self, log_pi: Tensor) -> Tensor:
         return (self.equilibrium.exp() * (self.equilibrium - log_pi)).sum(-1)
+
+    def blocks(self) -> list[Tensor]:
+        """Both players' equilibrium, for :func:`~lit_methods.games.certify`: logits minus that of the last answer."""
+        logits = self.equilibrium[:-1] - self.equilibrium[-1]
+        return [logits, logits.clone()]
+
+    def losses(self, *blocks: Tensor) -> list[Tensor]:
+        """What two players of the regularised game minimise: ``beta KL(pi_i | ref) - P(pi_i preferred to pi_j)``."""
+        first, second = (torch.cat([block, block.new_zeros(1)]).log_softmax(0) for block in blocks)
+        wins = first.exp() @ self.pref @ second.exp()
+        distances = [self.beta * (log_pi.exp() * (log_pi - self.log_ref)).sum() for log_pi in (first, second)]
+        return [distances[0] - wins, distances[1] - (1 - wins)]
 
     def on_train_start(self) -> None:
         """Refuse Lightning's search for a learning rate."""

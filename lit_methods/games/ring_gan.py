@@ -1,6 +1,7 @@
 """A small GAN on eight Gaussians around a ring: the classic test of optimizers for games."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,6 +12,7 @@ from torch.nn.functional import softplus
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lit_methods.games.small_gain.games import NetworkGame
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.nets import MLP
 from lit_methods.optim import OptimisticAdam
@@ -74,12 +76,40 @@ class RingGAN(LightningModule):
         self.modes, self.std, self.latent_dim = modes, std, latent_dim
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
         self.optimizer = optimizer
+        self._game: NetworkGame | None = None
         angles = 2 * math.pi * torch.arange(modes) / modes
         self.register_buffer("centers", torch.stack([angles.cos(), angles.sin()], 1), persistent=False)
 
     def forward(self, noise: Tensor) -> Tensor:
         """Generated points ``(batch, 2)`` of noise ``(batch, latent_dim)``."""
         return self.generator(noise)
+
+    def blocks(self) -> list[Tensor]:
+        """The networks' parameters as two vectors, generator first, for :func:`~lit_methods.games.certify`."""
+        return self._fixed_batch_game().blocks()
+
+    def losses(self, *blocks: Tensor) -> Sequence[Tensor]:
+        """Generator's and discriminator's loss with these parameters, always on the same batch of points and noise."""
+        return self._fixed_batch_game().losses(*blocks)
+
+    def _fixed_batch_game(self) -> NetworkGame:
+        if self._game is not None:
+            return self._game
+        draw = torch.Generator().manual_seed(0)
+        picks = torch.randint(self.modes, (self.batch_size,), generator=draw)
+        noise = torch.randn(self.batch_size, self.latent_dim, generator=draw, dtype=torch.float64)
+        real = self.centers.cpu().double()[picks]
+        real = real + self.std * torch.randn(self.batch_size, 2, generator=draw, dtype=torch.float64)
+
+        def losses() -> list[Tensor]:
+            on_fake = self.discriminator(self.generator(noise))
+            return [
+                softplus(-on_fake).mean(),
+                softplus(-self.discriminator(real)).mean() + softplus(on_fake).mean(),
+            ]
+
+        self._game = NetworkGame(losses, [self.generator, self.discriminator])
+        return self._game
 
     def train_dataloader(self) -> DataLoader:
         """A loader of ``steps_per_epoch`` indices: the data is drawn in the step."""

@@ -64,14 +64,14 @@ class HTTPJudge:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url must start with http:// or https://, got {url!r}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be positive, got {timeout}")
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout must be > 0 and finite, got {timeout}")
         for name, value, low in (
             ("retries", retries, 0), ("backoff", backoff, 0), ("cache_size", cache_size, 0),
             ("batch_size", batch_size, 1), ("concurrency", concurrency, 1),
         ):  # fmt: skip
-            if not value >= low:
-                raise ValueError(f"{name} must be >= {low}, got {value}")
+            if not low <= value < float("inf"):
+                raise ValueError(f"{name} must be >= {low} and finite, got {value}")
         if masked := [name for name, value in (headers or {}).items() if MASK in value]:
             raise ValueError(f"headers must hold no masked secret, got {masked}: use headers_from_env or token_env")
         if MASK in url:

@@ -135,8 +135,8 @@ class ScoreJudge:
     """
 
     def __init__(self, score: Callable[[Prompt, str], float], scale: float = 1.0) -> None:
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be > 0 and finite, got {scale}")
         self.score = score
         self.scale = scale
 
@@ -169,8 +169,8 @@ class RewardModelJudge:
         max_length: int | None = 2048,
         device: str | None = None,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
         self.model, self.tokenizer = _load_judge(model, tokenizer, device)
         if self.model.config.num_labels != 1:
             raise ValueError(
@@ -280,8 +280,10 @@ class EnsembleJudge:
 
     def __init__(self, judges: list[Any], weights: list[float] | None = None) -> None:
         weights = [1.0] * len(judges) if weights is None else weights
-        if not judges or len(weights) != len(judges) or not all(weight > 0 for weight in weights):
-            raise ValueError(f"judges and weights must be as many and positive, got {len(judges)} and {weights}")
+        if not judges or len(weights) != len(judges) or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(
+                f"judges and weights must be as many, positive and finite, got {len(judges)} and {weights}"
+            )
         self.judges = judges
         self.weights = [weight / math.fsum(weights) for weight in weights]
 

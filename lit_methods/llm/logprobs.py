@@ -62,8 +62,8 @@ def chunked_logprobs(
     Returns:
         log-probabilities ``(rows,)`` and entropies in nats ``(rows,)``; the entropies carry no gradient.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be 1 or more")
     return _ChunkedLogProbs.apply(hidden, head.weight, head.bias, targets, head, temperature, chunk_size)

@@ -10,6 +10,15 @@ from lit_methods.optim.cbo import (
     particle_losses,
 )
 from lit_methods.optim.constraints import Ball, Box, L1Ball, Simplex
+from lit_methods.optim.exponentiated_gradient import (
+    AdamWExponentiated,
+    ExponentiatedGradient,
+    SignConstrainedSGD,
+    SplitBias,
+    dale_init_,
+    eg_param_groups,
+    lognormal_,
+)
 from lit_methods.optim.langevin import AnnealedLangevin
 from lit_methods.optim.mdpo import MDPO, MDPOStepSize
 from lit_methods.optim.mfac import MFAC, FisherInverse, collect_gradients
@@ -32,6 +41,7 @@ from lit_methods.optim.optimistic import (
     OptimisticOMD,
     OptimisticOnlineNewton,
 )
+from lit_methods.optim.pseudo_gradient_rk4 import PseudoGradientRK4
 from lit_methods.optim.scaled_gd import ScaledGD
 from lit_methods.optim.schedules import PiecewiseConstantLR
 from lit_methods.optim.sso import SSO, ArmijoSGD
@@ -42,6 +52,7 @@ __all__ = [
     "MFAC",
     "SSO",
     "AdamCBO",
+    "AdamWExponentiated",
     "AnnealedLangevin",
     "ArmijoSGD",
     "Ball",
@@ -51,6 +62,7 @@ __all__ = [
     "DiagonalAdaGrad",
     "Entropy",
     "Euclidean",
+    "ExponentiatedGradient",
     "ExtraAdam",
     "ExtraGradient",
     "FisherInverse",
@@ -68,9 +80,15 @@ __all__ = [
     "PNorm",
     "PiecewiseConstantLR",
     "PolarizedCBO",
+    "PseudoGradientRK4",
     "ScaledGD",
+    "SignConstrainedSGD",
     "Simplex",
+    "SplitBias",
     "UnnormalizedEntropy",
     "collect_gradients",
+    "dale_init_",
+    "eg_param_groups",
+    "lognormal_",
     "particle_losses",
 ]

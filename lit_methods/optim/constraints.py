@@ -5,6 +5,7 @@ the parameters of one group; ``leading`` dimensions of each are a batch of indep
 ``tensors``) make it the projection in the norm ``sqrt(sum_i w_i x_i^2)``. No call synchronises with the host.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,7 +57,17 @@ class Ball:
             raise ValueError(f"radius must be > 0 and finite, got {radius}")
         if not 1 < norm <= 2:
             raise ValueError(f"norm must be in (1, 2], got {norm}; for norm 1 use L1Ball")
-        self.radius, self.norm, self.per_tensor = radius, norm, per_tensor
+        self.radius: float | Tensor = radius
+        self.norm, self.per_tensor = norm, per_tensor
+
+    def beside(self, fixed: Sequence[Tensor]) -> "Ball":
+        """What is left of the ball for the other parameters of a group while ``fixed`` stay: a ball again."""
+        if self.per_tensor or not fixed:
+            return self
+        taken = torch.stack([x.double().abs().pow(self.norm).sum().to(fixed[0].device) for x in fixed]).sum()
+        left = copy.copy(self)
+        left.radius = (self.radius**self.norm - taken).clamp(min=0) ** (1 / self.norm)
+        return left
 
     def __call__(
         self, tensors: Sequence[Tensor], leading: int = 0, weights: Sequence[Tensor] | None = None
@@ -68,13 +79,13 @@ class Ball:
         flat = torch.cat([x.reshape(*x.shape[:leading], -1) for x in tensors], -1)
         if weights is None:
             norm = torch.linalg.vector_norm(flat, self.norm, -1, keepdim=True)
-            projected = flat * (self.radius / norm.clamp(min=self.radius))
+            projected = flat * torch.where(norm > self.radius, self.radius / norm, 1.0)
         else:
             w = torch.cat([w.reshape(*w.shape[:leading], -1) for w in weights], -1)
             nu = weighted_ball_multiplier(w, flat, self.radius)[..., None]
             projected = flat * (w / (w + nu))
         parts = projected.split([x[(0,) * leading].numel() for x in tensors], -1)
-        return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
+        return [part.view_as(x).to(x.dtype) for part, x in zip(parts, tensors, strict=True)]
 
 
 class Simplex:
@@ -135,10 +146,16 @@ def apply_constraint(
     tensors: Sequence[Tensor],
     leading: int = 0,
     weights: Sequence[Tensor] | None = None,
+    fixed: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """Project with a set of this module, or with a user's own projection of one tensor (at most one leading dim)."""
+    """Project with a set of this module, or with a user's own projection of one tensor (at most one leading dim).
+
+    ``fixed`` are the other parameters of the group, which stay: a set that all share is cut to what they leave of it.
+    """
     if constraint is None:
         return list(tensors)
+    if isinstance(constraint, Ball):
+        constraint = constraint.beside(fixed)
     if isinstance(constraint, Constraint):
         return constraint(tensors, leading, weights)
     if leading:
@@ -166,7 +183,7 @@ def project_l1_ball(x: Tensor, radius: float = 1.0, dim: int = -1) -> Tensor:
     return torch.where(inside, x, x.sign() * project_simplex(x.abs(), dim, radius))
 
 
-def weighted_ball_multiplier(weights: Tensor, y: Tensor, radius: float, iterations: int = 50) -> Tensor:
+def weighted_ball_multiplier(weights: Tensor, y: Tensor, radius: float | Tensor, iterations: int = 50) -> Tensor:
     """Return the ``nu >= 0`` for which ``x = w y / (w + nu)`` is the projection of ``y`` onto ``||x||_2 <= radius``.
 
     The norm of the projection is ``sqrt(sum_i w_i x_i^2)``; with the eigenvalues of a matrix ``H`` as weights and
@@ -176,7 +193,7 @@ def weighted_ball_multiplier(weights: Tensor, y: Tensor, radius: float, iteratio
     Args:
         weights: > 0, ``(..., d)``.
         y: ``(..., d)``.
-        radius: > 0.
+        radius: >= 0; a tensor has no dimensions.
         iterations: Newton steps; the default is far more than the quadratic convergence needs.
 
     Returns:

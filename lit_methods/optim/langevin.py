@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lit_methods.optim.foundation.groups import check_gradients, check_nonnegative, check_own_state
+from lit_methods.optim.foundation.finite import gradients_are_finite, warn_of_skipped_step
+from lit_methods.optim.foundation.groups import check_gradients, check_lr, check_nonnegative, check_own_state
 
 __all__ = ["AnnealedLangevin"]
 
@@ -19,7 +20,8 @@ class AnnealedLangevin(Optimizer):
     At a parameter's k-th step :math:`\sigma_k = \sigma / \log(k + 1)` and :math:`B_k` is standard normal. It crosses
     barriers where plain descent stops at the first local minimum, slowly: on smooth losses prefer plain descent.
 
-    Cost: one normal draw for each parameter element, no memory beyond it, no host synchronisation. The noise is a
+    Cost: one normal draw for each parameter element, no memory beyond it, one host synchronisation a step, to see
+    whether the gradients are finite: if not, the step changes nothing, and the first such step warns. The noise is a
     function of ``seed`` and the number of steps, so that ranks that average their gradients stay identical.
 
     Args:
@@ -34,8 +36,18 @@ class AnnealedLangevin(Optimizer):
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-3, sigma: float = 10.0, seed: int = 0) -> None:
-        check_nonnegative(lr=lr, sigma=sigma, seed=seed)
         super().__init__(params, {"lr": lr, "sigma": sigma, "seed": seed})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_lr(group["lr"])
+            check_nonnegative(sigma=group["sigma"], seed=group["seed"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -44,9 +56,13 @@ class AnnealedLangevin(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        check_gradients(params, type(self).__name__)
+        if not gradients_are_finite(params):
+            warn_of_skipped_step(self)
+            return loss
         for number, group in enumerate(self.param_groups):
             moving: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            check_gradients(moving, type(self).__name__)
             spreads = []
             for p in moving:
                 step = self.state[p]["step"] = self.state[p].get("step", 0) + 1

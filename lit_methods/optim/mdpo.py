@@ -29,7 +29,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.foundation.closures import RepeatedClosure
-from lit_methods.optim.foundation.groups import check_own_state
+from lit_methods.optim.foundation.finite import gradients_are_finite, warn_of_skipped_step
+from lit_methods.optim.foundation.groups import check_nonnegative, check_own_state, check_positive
+from lit_methods.optim.foundation.ranks import world_size
 
 __all__ = ["MDPO", "MDPOStepSize"]
 
@@ -72,7 +74,8 @@ class MDPO(Adam):
     At the anchor the divergence and its gradient are zero, so with ``inner_steps=1`` and "outputs" this is Adam on the
     bare objective. Adam's moments persist from one call of ``step`` to the next. With Lightning's automatic
     optimization ``training_step`` is the closure; "16-mixed" is refused, since its gradient scaler allows no closure.
-    One host synchronisation per inner step on CUDA, to refuse a loss that is not finite.
+    Two host synchronisations per inner step on CUDA, to see whether the loss and its gradient are finite: if not, this
+    inner step and those after it are not taken, and the first such step warns.
 
     Args:
         params: parameters, named parameters or groups. Groups may differ in Adam's own options.
@@ -94,7 +97,7 @@ class MDPO(Adam):
 
     Raises:
         ValueError: an argument out of range.
-        RuntimeError: in ``step``, without a closure or when the closure's loss is not finite.
+        RuntimeError: in ``step``, without a closure.
     """
 
     def __init__(
@@ -115,12 +118,10 @@ class MDPO(Adam):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        if not lr >= 0:
-            raise ValueError(f"lr must be >= 0, got {lr}")
         if inner_steps < 1:
             raise ValueError(f"inner_steps must be >= 1, got {inner_steps}")
-        if not step_size > 0:
-            raise ValueError(f"step_size must be > 0, got {step_size}")
+        _check_adam({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        check_positive(step_size=step_size, max_grad_norm=max_grad_norm)
         if not 1 <= q <= 2:
             raise ValueError(f"q must be in [1, 2], got {q}")
         if anchor not in ("outputs", "parameters"):
@@ -129,8 +130,6 @@ class MDPO(Adam):
             raise ValueError(f"anchor_interval={anchor_interval} needs anchor='parameters'")
         if anchor_interval is not None and anchor_interval < 1:
             raise ValueError(f"anchor_interval must be >= 1, got {anchor_interval}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach, fused=fused)
         ours = {
             "inner_steps": inner_steps,
@@ -190,10 +189,15 @@ class MDPO(Adam):
                 loss = evaluate()
                 if run.inner_step == 0:
                     first = loss.detach() if isinstance(loss, Tensor) else loss
-                if loss is not None and not torch.as_tensor(loss).isfinite():
-                    raise RuntimeError(f"the loss is {float(loss)} in inner step {run.inner_step}, which was not taken")
+                params = [p for group in self.param_groups for p in group["params"]]
+                # under DDP only the gradients are alike on all ranks, which must decide alike
+                finite = loss is None or world_size() > 1 or bool(torch.as_tensor(loss).isfinite())
+                if not (finite and gradients_are_finite(params)):
+                    warn_of_skipped_step(self)
+                    if run.inner_step == 0:
+                        return first
+                    break
                 if shared["max_grad_norm"] is not None:
-                    params = [p for group in self.param_groups for p in group["params"]]
                     nn.utils.clip_grad_norm_(params, shared["max_grad_norm"], foreach=shared["foreach"])
                 _adam_step(self)
         finally:
@@ -300,6 +304,11 @@ class MDPO(Adam):
             if key in self.defaults and param_group.get(key, self.defaults[key]) != self.defaults[key]:
                 raise ValueError(f"{key} is shared by all parameter groups, got {param_group[key]!r} for one of them")
         super().add_param_group(param_group)
+        try:
+            _check_adam(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _init_group(self, group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Adam takes any entry in a parameter's state for its own: keep the anchor away from it."""
@@ -341,8 +350,7 @@ class MDPOStepSize(LRScheduler):
             raise ValueError(f"schedule must be 'linear', 'constant', 'inverse_sqrt' or a function, got {schedule!r}")
         if schedule == "linear" and (total_steps is None or total_steps < 1):
             raise ValueError(f"total_steps must be >= 1 for the linear schedule, got {total_steps}")
-        if not floor > 0:
-            raise ValueError(f"floor must be > 0, got {floor}")
+        check_positive(floor=floor)
         self.schedule = schedule
         self.total_steps = total_steps
         self.floor = floor
@@ -372,6 +380,13 @@ class MDPOStepSize(LRScheduler):
             assert self.total_steps is not None
             return self.initial * (1 - (k + self.offset) / self.total_steps)
         return self.initial if self.schedule == "constant" else self.initial * (k + 1) ** -0.5
+
+
+def _check_adam(group: dict[str, Any]) -> None:
+    """Validate Adam's hyperparameters, which torch takes also when they are infinite."""
+    check_nonnegative(lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
 
 
 def _adam_step(optimizer: MDPO) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_methods.optim.constraints import Ball, Box, L1Ball, Simplex
+from lit_methods.optim.constraints import Ball, Box, Constraint, L1Ball, Simplex
 
 __all__ = ["DiagonalAdaGrad", "Entropy", "Euclidean", "Hypentropy", "PNorm", "UnnormalizedEntropy"]
 
@@ -246,6 +246,21 @@ def mirror_map(mirror: MirrorName | MirrorMap) -> MirrorMap:
     if mirror not in _BY_NAME:
         raise ValueError(f"mirror must be a mirror map or one of {', '.join(_BY_NAME)}, got {mirror!r}")
     return _BY_NAME[mirror]()
+
+
+def check_exact(mirror: MirrorMap, constraint: Constraint) -> None:
+    """Refuse a set onto which the map has no exact projection."""
+    name, allowed = type(mirror).__name__, mirror.exact
+    if not isinstance(constraint, allowed):
+        names = " or ".join(kind.__name__ for kind in allowed)
+        raise ValueError(f"constraint must be {names} with the mirror map {name}, got {type(constraint).__name__}")
+    norm = mirror.p if isinstance(mirror, PNorm) else 2.0
+    if isinstance(constraint, Ball) and constraint.norm != norm:
+        raise ValueError(f"constraint must be a Ball with norm={norm} for the mirror map {name}, got {constraint.norm}")
+    if isinstance(constraint, Ball) and isinstance(mirror, PNorm) and not constraint.per_tensor:
+        raise ValueError("constraint must be a Ball with per_tensor=True for the mirror map PNorm, got False")
+    if isinstance(mirror, Entropy) and (constraint.dim, constraint.total) != (mirror.dim, 1.0):  # type: ignore[union-attr]
+        raise ValueError(f"constraint must be Simplex(dim={mirror.dim}) for Entropy(dim={mirror.dim}), got another")
 
 
 def _norm_gradient(x: Tensor, p: float) -> Tensor:

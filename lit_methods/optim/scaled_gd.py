@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lit_methods.optim.foundation.groups import check_own_state
+from lit_methods.optim.foundation.finite import gradients_are_finite, warn_of_skipped_step
+from lit_methods.optim.foundation.groups import check_gradients, check_lr, check_own_state
 
 __all__ = ["ScaledGD"]
 
@@ -22,8 +23,9 @@ class ScaledGD(Optimizer):
     """``F <- F - lr dF (G^T G + damping I)^-1`` and ``G <- G - lr dG (F^T F + damping I)^-1``, at once.
 
     A parameter group is one such pair, ``F`` ``(..., rows, k)`` and ``G`` ``(..., columns, k)``, or a single ``X`` of
-    ``X X^T``, which is its own partner. Computed in at least float32. It keeps no state and asks for no host
-    synchronisation (not yet run on CUDA). Ranks (DDP) take the same step from the averaged gradients.
+    ``X X^T``, which is its own partner. Computed in at least float32. It keeps no state. A step synchronises once with
+    the host, to see whether the gradients are finite: if not, it changes nothing, and the first such step warns. Ranks
+    (DDP) take the same step from the averaged gradients.
 
     Args:
         params: the two factors or the single one; several pairs as groups; named parameters.
@@ -70,6 +72,11 @@ class ScaledGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        check_gradients(params, "ScaledGD")
+        if not gradients_are_finite(params):
+            warn_of_skipped_step(self)
+            return loss
         for group in self.param_groups:
             factors = group["params"]
             partners = [None] * len(factors) if group["damping"] is None else reversed(factors)
@@ -94,8 +101,6 @@ class ScaledGD(Optimizer):
 def _direction(gradient: Tensor | None, partner: Tensor | None, damping: float) -> Tensor | None:
     if gradient is None:
         return None
-    if gradient.is_sparse:
-        raise RuntimeError("ScaledGD needs dense gradients, got a sparse one")
     if partner is None:
         return gradient
     dtype = torch.promote_types(partner.dtype, torch.float32)
@@ -106,8 +111,7 @@ def _direction(gradient: Tensor | None, partner: Tensor | None, damping: float) 
 
 def _check_group(group: dict[str, Any]) -> None:
     lr, damping, factors = group["lr"], group["damping"], group["params"]
-    if not 0 <= lr < float("inf"):
-        raise ValueError(f"lr must be >= 0 and finite, got {lr}")
+    check_lr(lr)
     if not all(p.is_floating_point() for p in factors):
         raise ValueError("params must be real floating point (complex: view as real)")
     if damping is None:

@@ -16,8 +16,8 @@ class PiecewiseConstantLR(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, factors: dict[int, float]) -> None:
-        if any(step < 0 or factor < 0 for step, factor in factors.items()):
-            raise ValueError(f"factors must map steps >= 0 to factors >= 0, got {factors}")
+        if not all(step >= 0 and 0 <= factor < float("inf") for step, factor in factors.items()):
+            raise ValueError(f"factors must map steps >= 0 to factors >= 0 and finite, got {factors}")
         changes = sorted(factors.items())
 
         def factor_at(now: int) -> float:

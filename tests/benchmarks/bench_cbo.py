@@ -1,6 +1,6 @@
 """Consensus-based optimization beside CBXpy, CMA-ES and evotorch: time of a step, success at equal evaluations.
 
-    python -m tests.benchmarks.bench_cbo [step | kin | rastrigin | ackley | digits]
+    python -m tests.benchmarks.bench_cbo [step | floor | kin | rastrigin | ackley | digits]
 
 One thread; times are CPU times of this process, contenders alternating.
 """
@@ -34,6 +34,7 @@ N = 200
 STEPS = 2000
 START, SPREAD = 2.0, 3.0
 Run = Callable[[int], np.ndarray]
+Loss = Callable[[Tensor], Tensor]
 
 
 # --- time of a step ---------------------------------------------------------------------------------------------------
@@ -53,19 +54,22 @@ def cpu_alternate(contenders: dict[str, Callable[[], object]], rounds: int, inne
     return seconds
 
 
-def ours(n: int, d: int, **arguments: Any) -> Callable[[], object]:
+def ours(n: int, d: int, loss: Loss | None = None, **arguments: Any) -> Callable[[], object]:
     x = nn.Parameter(torch.zeros(d))
     optimizer = CBO([("x", x)], num_particles=n, batches=ParticleBatches(None), stall_tol=0.0, seed=0, **arguments)
-    return lambda: optimizer.step(sum_of_squares)
+    return lambda: optimizer.step(sum_of_squares if loss is None else lambda particles: loss(particles["x"]))
 
 
-def cbx_step(n: int, d: int, runs: int = 1, backend: str = "numpy", noise: str = "anisotropic") -> Callable[[], object]:
+def cbx_step(
+    n: int, d: int, runs: int = 1, backend: str = "numpy", noise: str = "anisotropic", loss: Loss | None = None
+) -> Callable[[], object]:
     from cbx.dynamics import CBO as Peer
     from cbx.utils.torch_utils import to_torch_dynamic
 
     settings = {"f_dim": "3D", "alpha": 50.0, "dt": 0.1, "lamda": 1.0, "sigma": 0.4**0.5, "noise": noise}
     if backend == "torch":
-        peer = to_torch_dynamic(Peer)(lambda x: x.square().sum(-1), x=torch.randn(runs, n, d), verbosity=0, **settings)
+        loss = loss or (lambda x: x.square().sum(-1))
+        peer = to_torch_dynamic(Peer)(loss, x=torch.randn(runs, n, d), verbosity=0, **settings)
     else:
         x = np.random.default_rng(0).standard_normal((runs, n, d))
         peer = Peer(lambda x: np.square(x).sum(-1), x=x, verbosity=0, **settings)
@@ -95,6 +99,24 @@ def step() -> None:
         for row in rows:
             row["steps per second"] = round(1e3 / row["median_ms"])
         harness.save("cbo", f"one step, N={n}, d={d}, sum of squares, CPU time", rows, PACKAGES)
+
+
+def floor() -> None:
+    """What of a step is not the loss or the draws, which any library needs."""
+    for n, d, inner in ((1000, 1000, 5), (100, 20, 100)):
+        points, draws = torch.randn(n, d), torch.empty(n, d)
+
+        def loss(x: Tensor) -> Tensor:
+            return rastrigin(x, torch)
+
+        contenders: dict[str, Callable[[], object]] = {
+            "ours": ours(n, d, loss),
+            "cbx (torch, float32)": cbx_step(n, d, backend="torch", loss=loss),
+            "floor: the loss": lambda points=points: loss(points),
+            "floor: N d normal draws": draws.normal_,
+        }
+        rows = harness.ratios(cpu_alternate(contenders, rounds=15, inner=inner), "ours")
+        harness.save("cbo", f"one step, N={n}, d={d}, Rastrigin, CPU time", rows, PACKAGES)
 
 
 def kin() -> None:
@@ -365,6 +387,7 @@ def digits(seeds: int = 3, epochs: int = 50) -> None:
 
 SECTIONS: dict[str, Callable[[], None]] = {
     "step": step,
+    "floor": floor,
     "kin": kin,
     "rastrigin": lambda: success("Rastrigin", rastrigin, seeds=10),
     "ackley": lambda: success("Ackley", ackley, seeds=10),

@@ -28,13 +28,17 @@ Problem = tuple[
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-def logistic(seed: int, batch_size: int = 625, n: int = 2000, d: int = 100) -> Problem:
-    """Logistic regression from zero, scales 1 to 0.01 that matter alike: network, batch of step t, loss, full loss."""
+def logistic(seed: int, batch_size: int = 625, n: int = 2000, d: int = 100, plain: bool = False) -> Problem:
+    """Logistic regression from zero, scales 1 to 0.01: network, batch of step t, loss, full loss.
+
+    The labels are the sign of a random linear function of the unscaled factors, so that all directions matter alike;
+    with ``plain`` of the features themselves, so that the short directions hardly matter.
+    """
     generator = torch.Generator().manual_seed(seed)
     rotation = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
     factors = torch.randn(n, d, generator=generator)
     x = factors * torch.logspace(0, -2, d) @ rotation
-    y = (factors @ torch.randn(d, 1, generator=generator) > 0).float()
+    y = ((x if plain else factors) @ torch.randn(d, 1, generator=generator) > 0).float()
     network = nn.Linear(d, 1)
     nn.init.zeros_(network.weight)
     nn.init.zeros_(network.bias)

@@ -1,16 +1,20 @@
 """What every LightningModule promises, together with a datamodule."""
 
+import copy
+import math
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
 
 from tests.cli import run_here, run_new_process
 from tests.contract.cases.kinds import ModuleCase
 from tests.contract.compare import assert_same
+from tests.contract.pieces import real_arguments
 from tests.contract.resume import compare_averaged_runs, compare_resumed_runs
 
 STEPS = 3
@@ -48,6 +52,21 @@ def check_checkpoint_rebuilds_the_module(case: ModuleCase, folder: Path, monkeyp
     saved = torch.load(path, weights_only=True)
     rebuilt = type(case.make()).load_from_checkpoint(path, map_location="cpu", weights_only=True)
     assert_same(dict(rebuilt.state_dict()), dict(saved["state_dict"]), "rebuilt module")
+
+
+def check_refuses_numbers_that_are_not_finite(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.prepare(folder)
+    monkeypatch.chdir(folder)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    for name, many in real_arguments(type(case.make())).items():
+        for bad in (math.inf, -math.inf, math.nan):
+            if bad == math.inf and name in case.may_be_infinite:
+                continue
+            config = copy.deepcopy(case.config["model"])
+            config.setdefault("init_args", {})[name] = [bad, 0.5] if many else bad
+            with pytest.raises(ValueError, match=name):
+                parser.instantiate_classes(parser.parse_object({"model": config}))
 
 
 def check_loads_wider_weights_without_rounding(case: ModuleCase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 import copy
 import inspect
 import io
+import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.optim import Optimizer
 
 from tests.contract.cases.kinds import OptimizerCase
 from tests.contract.compare import assert_same
+from tests.contract.pieces import real_arguments
 from tests.distributed.launch import run_ranks
 
 STEPS = 13  # more than the window of any history-based optimizer's case, so that windows wrap
@@ -205,6 +208,52 @@ def check_works_with_or_refuses_a_gradient_scaler(case: OptimizerCase) -> None:
     assert not torch.equal(model[0].weight, before["0.weight"]), "no step was taken after the overflow"
 
 
+def check_skips_steps_that_are_not_finite(case: OptimizerCase) -> None:
+    """And says so once; afterwards everything is as if they had never been."""
+    runs = []
+    for factors in ([], [torch.nan, torch.inf]):
+        model, loss = _mlp_problem()
+        optimizer = case.make(model.parameters(), model)
+        _train(optimizer, loss, 3)
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for factor in factors:
+                _train(optimizer, lambda f=factor, of=loss: of() * f, 1)
+        said = [str(w.message) for w in caught if "skipped a step" in str(w.message)]
+        assert len(said) == bool(factors), f"warned {len(said)} times of {len(factors)} skipped steps: {said}"
+        assert_same(model.state_dict(), before[0], "parameters after steps that are not finite")
+        if not case.draws_noise:
+            assert_same(optimizer.state_dict(), before[1], "state after steps that are not finite")
+        _train(optimizer, loss, 3)
+        runs.append(model)
+    if not case.draws_noise:
+        assert_same(runs[1].state_dict(), runs[0].state_dict(), "parameters of the run with skipped steps")
+
+
+def check_takes_or_refuses_a_tensor_as_lr(case: OptimizerCase) -> None:
+    if "lr" not in inspect.signature(case.optimizer).parameters:
+        return
+    model, _ = _mlp_problem()
+    rate = float(case.make(model.parameters(), model).param_groups[0]["lr"])
+    for shape in ((), (1,)):
+        runs = []
+        for lr in (rate, torch.full(shape, rate)):
+            model, loss = _mlp_problem()
+            try:
+                optimizer = case.make(model.parameters(), model, lr=lr)
+            except ValueError as error:
+                assert "lr must be" in str(error), error
+                break
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+            for _ in range(3):
+                _train(optimizer, loss, 1)
+                schedule.step()
+            runs.append(model)
+        else:
+            torch.testing.assert_close(*(dict(model.named_parameters()) for model in runs))
+
+
 def check_ranks_agree_and_equal_the_joint_batch(case: OptimizerCase) -> None:
     per_rank = run_ranks(_train_under_ddp, 2, case)
     assert_same(per_rank[0], per_rank[1], "parameters of the two ranks")
@@ -234,6 +283,23 @@ def check_bad_arguments_raise_by_name(case: OptimizerCase) -> None:
         name, value = next(iter(arguments.items()))
         assert name in str(caught.value) or name.replace("_", " ") in str(caught.value).lower() or name == "lr"
         assert str(value) in str(caught.value), f"the message does not show the value {value!r}: {caught.value}"
+
+
+def check_refuses_numbers_that_are_not_finite(case: OptimizerCase) -> None:
+    """In the constructor, and in a group's own settings."""
+    model, _ = _mlp_problem()
+    own = case.make(model.parameters(), model).defaults
+    for name, many in real_arguments(case.optimizer).items():
+        for bad in (math.inf, -math.inf, math.nan):
+            if bad == math.inf and name in case.may_be_infinite:
+                continue
+            value = (bad, 0.5) if many else bad
+            with pytest.raises(ValueError, match=name):
+                case.make(model.parameters(), model, **{name: value})
+            if name in own:
+                groups = [{"params": model[0].parameters()}, {"params": model[-1].parameters(), name: value}]
+                with pytest.raises(ValueError, match=name):
+                    case.make(groups, model)
 
 
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]

@@ -2,6 +2,9 @@
 
 import importlib
 import pkgutil
+import types
+import typing
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +41,18 @@ def kind_of(obj: object) -> str:
 def pieces(kind: str) -> list[str]:
     """Import paths of the public pieces of one kind."""
     return [path for path, obj in public_objects().items() if kind_of(obj) == kind]
+
+
+def real_arguments(kind: type) -> dict[str, bool]:
+    """Name -> whether it is a sequence, of the constructor's arguments that are real numbers."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind.__init__).items():
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+        if any(typing.get_origin(k) in (tuple, list, Sequence) and float in typing.get_args(k) for k in kinds):
+            found[name] = True
+        elif float in kinds:
+            found[name] = False
+    return found
 
 
 def recipe_names() -> list[str]:

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_methods.optim.foundation.groups import check_own_state
+from lit_methods.optim.foundation.finite import gradients_are_finite, warn_of_skipped_step
+from lit_methods.optim.foundation.groups import check_lr, check_own_state
 from tests.contract import callback_checks, datamodule_checks, module_checks, optimizer_checks, test_contract
 from tests.contract.cases.kinds import CallbackCase, DataModuleCase, ModuleCase, OptimizerCase
 from tests.contract.layers import forbidden_imports
@@ -22,9 +23,14 @@ class SGD(torch.optim.Optimizer):
     """A correct optimizer; the broken ones below differ from it in one thing."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
-        if lr < 0:
-            raise ValueError(f"lr must be >= 0, got {lr}")
         super().__init__(params, {"lr": lr})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.check_rate(param_group.get("lr", self.defaults["lr"]))
+        super().add_param_group(param_group)
+
+    def check_rate(self, lr: Any) -> None:
+        check_lr(lr)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
@@ -32,19 +38,29 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.accepts([p for group in self.param_groups for p in group["params"]]):
+            return loss
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p, group["lr"])
         return loss
 
+    def accepts(self, params: list[Any]) -> bool:
+        if any(p.grad is not None and p.grad.is_sparse for p in params):
+            raise RuntimeError("sparse gradients are not supported")
+        finite = gradients_are_finite(params)
+        if not finite:
+            warn_of_skipped_step(self)
+        return finite
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_own_state(self, state_dict, set())
         super().load_state_dict(state_dict)
 
     def update(self, p: nn.Parameter, lr: float) -> None:
-        if p.grad.is_sparse or p.is_complex():
-            raise RuntimeError("sparse and complex gradients are not supported")
+        if p.is_complex():
+            raise RuntimeError("complex gradients are not supported")
         p.sub_(lr * p.grad)
 
 
@@ -64,8 +80,31 @@ class RanksDrift(SGD):
 
 
 class NoValidation(SGD):
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        torch.optim.Optimizer.__init__(self, params, {"lr": lr})
+    def check_rate(self, lr: Any) -> None:
+        pass
+
+
+class TakesInfiniteRates(SGD):
+    def check_rate(self, lr: Any) -> None:
+        if lr < 0:
+            raise ValueError(f"lr must be >= 0, got {lr}")
+
+
+class ReadsTheRateOnce(TakesInfiniteRates):
+    """A schedule writes into a tensor, which this one does not look at again."""
+
+    def update(self, p: nn.Parameter, lr: float) -> None:
+        p.sub_(self.__dict__.setdefault("rate", float(lr)) * p.grad)
+
+
+class SpoiledByNaN(SGD):
+    def accepts(self, params: list[Any]) -> bool:
+        return True
+
+
+class SkipsInSilence(SGD):
+    def accepts(self, params: list[Any]) -> bool:
+        return gradients_are_finite(params)
 
 
 class OneRateForAll(SGD):
@@ -115,6 +154,10 @@ def test_a_correct_optimizer_passes(check) -> None:
         (WrongResume, "resumes_bit_exactly"),
         (RanksDrift, "ranks_agree_and_equal_the_joint_batch"),
         (NoValidation, "bad_arguments_raise_by_name"),
+        (TakesInfiniteRates, "refuses_numbers_that_are_not_finite"),
+        (ReadsTheRateOnce, "follows_a_learning_rate_schedule"),
+        (SpoiledByNaN, "skips_steps_that_are_not_finite"),
+        (SkipsInSilence, "skips_steps_that_are_not_finite"),
         (OneRateForAll, "keeps_learning_rates_of_groups_apart"),
         (NeedsEveryGradient, "skips_missing_gradients"),
         (TwoClosureCalls, "calls_the_closure_the_stated_number_of_times"),
@@ -179,11 +222,12 @@ def module_case(module: type[LightningModule]) -> ModuleCase:
         (ForgetfulModule, "resumes_bit_exactly_in_new_processes"),
         (DriftingModule, "ranks_stay_identical_under_ddp"),
         (ChattyModule, "logs_without_warnings"),
+        (ChattyModule, "refuses_numbers_that_are_not_finite"),
         (ChattyModule, "directly_built_module_saves_plain_data"),
     ],
 )
 def test_a_broken_module_is_caught(module, check, tmp_path, monkeypatch) -> None:
-    with pytest.raises((AssertionError, UserWarning, pickle.UnpicklingError)):
+    with pytest.raises((AssertionError, UserWarning, pickle.UnpicklingError, pytest.fail.Exception)):
         getattr(module_checks, f"check_{check}")(module_case(module), tmp_path, monkeypatch)
 
 

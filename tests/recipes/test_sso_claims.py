@@ -47,6 +47,19 @@ def test_more_inner_steps_give_lower_losses_and_beat_tuned_optimizers() -> None:
 
 
 @pytest.mark.slow
+def test_adam_is_better_where_the_short_directions_hardly_matter() -> None:
+    """The same with plain labels 1[Xw > 0]: the README says so."""
+
+    def loss(seed: int, make: Make) -> float:
+        return train(logistic(seed, plain=True), make, 200)["loss"]
+
+    for seed in SEEDS:
+        ours = [loss(seed, lambda p, m=m: SSO(p, lr=None, loss="bce", inner=GaussNewton(steps=m))) for m in (1, 20)]
+        adam = loss(seed, lambda p: torch.optim.Adam(p, lr=1.0))
+        assert adam < ours[1] < ours[0], (seed, ours, adam)
+
+
+@pytest.mark.slow
 def test_matrix_factorization_reaches_tiny_losses() -> None:
     """50 full-batch gradients from a loss of about 8."""
     for seed in SEEDS:

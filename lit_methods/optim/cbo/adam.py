@@ -15,6 +15,7 @@ from lit_methods.optim.cbo.closures import Evaluate
 from lit_methods.optim.cbo.motion import check_motion, check_number, cloud
 from lit_methods.optim.cbo.settings import EffectiveSampleSize, Growing, InitialCloud, former_settings, temperature
 from lit_methods.optim.cbo.swarm import ParticleOptimizer
+from lit_methods.optim.foundation.groups import check_positive
 
 __all__ = ["AdamCBO"]
 
@@ -118,5 +119,4 @@ class AdamCBO(ParticleOptimizer):
         check_motion(group)
         if not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
             raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
-        if not group["eps"] > 0:
-            raise ValueError(f"eps must be > 0, got {group['eps']}")
+        check_positive(eps=group["eps"])

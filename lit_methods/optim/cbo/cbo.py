@@ -34,7 +34,7 @@ from lit_methods.optim.cbo.settings import (
 )
 from lit_methods.optim.cbo.swarm import ParticleOptimizer
 from lit_methods.optim.foundation.flat import is_dtensor
-from lit_methods.optim.foundation.groups import check_nonnegative
+from lit_methods.optim.foundation.groups import check_nonnegative, check_positive
 
 __all__ = ["CBO"]
 
@@ -162,8 +162,7 @@ class CBO(ParticleOptimizer):
         Args:
             tau: length of the implied gradient step, > 0; with all particles near m about alpha times their variance.
         """
-        if not tau > 0:
-            raise ValueError(f"tau must be > 0, got {tau}")
+        check_positive(tau=tau)
         swarm = self._prepare()
         leader = swarm["leader"]
         return self.layout.one((swarm["previous"][leader] - swarm["consensus"][leader]) / tau)

@@ -30,7 +30,9 @@ def particle_losses(
 
     The module runs once for all particles (``vmap`` over ``functional_call``). What the particles do not hold, frozen
     parameters and buffers, is the module's own. Batch normalisation in training mode takes the batch's statistics and
-    leaves the running ones alone; dropout is drawn anew for each particle, from the global generator.
+    leaves the running ones alone; dropout is drawn anew for each particle, from the global generator. A network in
+    bfloat16 or float16 gets particles rounded to its dtypes, and the loss its outputs in float32: losses in half
+    precision could not tell the particles apart.
 
     Args:
         module: maps ``x`` to outputs. The optimizer must have its ``named_parameters()``.
@@ -45,18 +47,21 @@ def particle_losses(
         ValueError: from the function: the particles have names that the module does not know.
     """
     x, y = batch
-    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    dtypes = {name: p.dtype for name, p in module.named_parameters(remove_duplicate=False)}
     moving = _running_statistics(module)
 
     def loss_of_one(particle: Particles, statistics: Particles) -> Tensor:
-        return loss(functional_call(module, {**particle, **statistics}, (x,)), y)
+        rounded = {name: p.to(dtypes[name]) for name, p in particle.items()}
+        outputs = functional_call(module, {**rounded, **statistics}, (x,))
+        half = isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16)
+        return loss(outputs.float() if half else outputs, y)
 
     run = vmap(loss_of_one, randomness="different", chunk_size=chunk_size)
 
     def losses(particles: Particles) -> Tensor:
-        if not particles.keys() <= known:
+        if not particles.keys() <= dtypes.keys():
             raise ValueError(
-                f"the module has no parameters {sorted(particles.keys() - known)}: build the optimizer of its "
+                f"the module has no parameters {sorted(particles.keys() - dtypes.keys())}: build the optimizer of its "
                 "named_parameters()"
             )
         number = len(next(iter(particles.values())))
@@ -95,15 +100,19 @@ def batched(layout: ParticleLayout, ranks: ParticleRanks, losses_of: Losses) -> 
 
 
 def one_by_one(layout: ParticleLayout, ranks: ParticleRanks, closure: Callable[[], Any]) -> Evaluate:
-    """The same by one call of ``closure`` for each point, with the point in the parameters."""
+    """The same by one call of ``closure`` for each point, with the point in the parameters, which get theirs back."""
 
     def evaluate(points: Tensor) -> Tensor:
-        losses = []
-        for point in points.detach().flatten(0, 1):
+        losses, before = [], layout.current()
+        try:
+            for point in points.detach().flatten(0, 1):
+                with torch.no_grad():
+                    layout.write(point)
+                with torch.enable_grad():
+                    losses.append(torch.as_tensor(closure(), device=points.device).detach().to(points.dtype))
+        finally:
             with torch.no_grad():
-                layout.write(point)
-            with torch.enable_grad():
-                losses.append(torch.as_tensor(closure(), device=points.device).detach().to(points.dtype))
+                layout.write(before)
         found = torch.stack(losses)
         if ranks.own_coordinates and len(losses) > 1 and (found == found[0]).all():
             warnings.warn(

@@ -31,6 +31,8 @@ class ParticleLayout:
         every = [p for group in groups for p in group["params"]]
         given = [name for group in groups for name in group.get("param_names", ())]
         names = given or [str(i) for i in range(len(every))]
+        self._trained = [p.requires_grad for p in every]
+        self._every = every
         self.params = [p for p in every if p.requires_grad]
         if not self.params:
             raise ValueError("params holds nothing to train: no parameter requires gradients")
@@ -43,6 +45,16 @@ class ParticleLayout:
         self.columns = [(group, slice(*ends)) for group, ends in zip(groups, bounds, strict=True)]
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         self._last: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def holds(self) -> bool:
+        """Whether the same parameters still require gradients."""
+        return self._trained == [p.requires_grad for p in self._every]
+
+    def columns_of(self, params: list[Any]) -> Tensor:
+        """Indices of the coordinates of some parameters, in their order."""
+        starts = dict(zip(map(id, self.params), accumulate(self._sizes, initial=0), strict=False))
+        ranges = [torch.arange(local_tensor(p).numel()) + starts[id(p)] for p in params]
+        return torch.cat(ranges) if ranges else torch.arange(0)
 
     def parts(self, *points: Tensor) -> Iterator[tuple[Any, ...]]:
         """Every group with its coordinates of each of ``points`` (..., d)."""

@@ -32,7 +32,8 @@ class MemoryCBO(ParticleOptimizer):
         + \sigma \sqrt{\Delta t}\,|v_i - m| \odot B_i + \sigma_m \sqrt{\Delta t}\,|v_i - y_i| \odot B'_i .
 
     Losses are compared over time: they should be of the same function. On changing data batches a lucky batch is
-    remembered. The step's loss is the lowest remembered one. CBXpy draws to :math:`y_i` in a step of its own, after
+    remembered. The step's loss is the lowest remembered one, so that a step without any finite loss is not skipped but
+    goes on with what is remembered. CBXpy draws to :math:`y_i` in a step of its own, after
     that to m. Memory: ``12 N d`` bytes with the noise. The gradient's drift of the paper is left out.
 
     Args:

@@ -48,7 +48,7 @@ class PolarizedCBO(ParticleOptimizer):
         num_particles: N on all ranks together, >= 1; a single one never moves.
         alpha: inverse temperature of the weights, >= 0. :class:`~lit_methods.optim.cbo.Growing` raises it with every
             step.
-        kappa: how far a particle sees, > 0, in units of the Euclidean distance of all parameters.
+        kappa: how far a particle sees, > 0, in units of the Euclidean distance of all parameters; infinite for all.
         noise: "anisotropic" perturbs each coordinate by its own distance, which suits any dimension; "isotropic" all by
             the norm.
         init: how the first particles are spread, see :class:`~lit_methods.optim.cbo.InitialCloud`.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from lit_methods.optim.foundation.groups import check_at_least, check_choice, check_positive
+from lit_methods.optim.foundation.groups import check_at_least, check_choice, check_nonnegative, check_positive
 
 __all__ = ["EffectiveSampleSize", "Growing", "InitialCloud", "ParticleBatches"]
 
@@ -63,7 +63,7 @@ class Growing:
         factor: > 0.
 
     Raises:
-        ValueError: ``factor`` is not > 0 and finite.
+        ValueError: an argument out of range.
     """
 
     alpha: float = 50.0
@@ -71,6 +71,7 @@ class Growing:
 
     def __post_init__(self) -> None:
         check_positive(factor=self.factor)
+        check_nonnegative(alpha=self.alpha)
 
 
 @dataclass(frozen=True)

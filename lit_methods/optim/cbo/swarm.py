@@ -16,10 +16,15 @@ from lit_methods.optim.cbo.layout import ParticleLayout
 from lit_methods.optim.cbo.ranks import ParticleRanks
 from lit_methods.optim.cbo.settings import MOVED, divisor
 from lit_methods.optim.foundation.closures import RepeatedClosure
+from lit_methods.optim.foundation.finite import warn_of_skipped_step
 from lit_methods.optim.foundation.flat import by_column, by_parameter, is_dtensor, shards
-from lit_methods.optim.foundation.groups import check_nonnegative, check_own_state, check_real, check_shared
+from lit_methods.optim.foundation.groups import check_lr, check_own_state, check_real, check_shared
 
 _RANK_STRIDE = 0x9E3779B97F4A7C15  # apart from one another for any seed
+
+
+class NoFiniteLossError(Exception):
+    """Of all particles none has a finite loss: there is no consensus point."""
 
 
 class ParticleOptimizer(Optimizer):
@@ -88,7 +93,8 @@ class ParticleOptimizer(Optimizer):
         With several runs ``(num_runs * N, *shape)``, run after run. With DTensor parameters all shapes, here and in the
         other methods, are those of this rank's shards.
         """
-        return self.layout.many(self._prepare()["particles"].flatten(0, 1))
+        swarm = self._prepare()
+        return self.layout.many(swarm["particles"].flatten(0, 1))
 
     def consensus(self) -> Particles:
         """Parameter name -> the last consensus point, which is also what the parameters hold (up to their dtype).
@@ -100,7 +106,8 @@ class ParticleOptimizer(Optimizer):
 
     def consensus_of_runs(self) -> Particles:
         """Parameter name -> every run's last consensus point, ``(num_runs, *shape)``."""
-        return self.layout.many(self._prepare()["consensus"])
+        swarm = self._prepare()
+        return self.layout.many(swarm["consensus"])
 
     def best_particle(self) -> Particles:
         """Parameter name -> the particle with the lowest loss so far, in any run; NaN before the first step.
@@ -175,7 +182,7 @@ class ParticleOptimizer(Optimizer):
 
         Raises:
             ValueError: losses of the wrong shape; a closure of the first two kinds with DTensor parameters.
-            RuntimeError: no closure; no loss is finite; or the particles have diverged.
+            RuntimeError: no closure, or the particles have diverged.
         """
         with torch.no_grad():
             return self._step(closure)
@@ -200,7 +207,14 @@ class ParticleOptimizer(Optimizer):
             else one_by_one(self.layout, self.ranks, closure)
         )
         self._consolidated = self._low = None
-        self._advance(swarm, evaluate)
+        steps = swarm.get("steps")
+        try:
+            self._advance(swarm, evaluate)
+        except NoFiniteLossError:
+            if steps is not None:
+                swarm["steps"] = steps
+            warn_of_skipped_step(self, "no particle has a finite loss; check the loss, or start with a smaller spread")
+            return self._lowest if callable(losses_of) else loss
         if self.param_groups[0]["alpha_growth"] != 1:
             self._set_shared("alpha", self.param_groups[0]["alpha"] * self.param_groups[0]["alpha_growth"])
         self.layout.write(swarm["consensus"][swarm["leader"]])
@@ -217,7 +231,7 @@ class ParticleOptimizer(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         if group["num_runs"] < 1:
             raise ValueError(f"num_runs must be >= 1, got {group['num_runs']}")
-        check_nonnegative(lr=group["lr"])
+        check_lr(group["lr"])
         if not group["alpha"] >= 0:
             raise ValueError(f"alpha must be >= 0, got {group['alpha']}")
         share = group["effective_sample_size"]
@@ -278,7 +292,7 @@ class ParticleOptimizer(Optimizer):
         low, self._lows, self._changes, gains = found.tolist()
         self._lowest = min(low)
         if self._lowest == math.inf:
-            raise RuntimeError("no particle has a finite loss; check the loss, or start with a smaller spread")
+            raise NoFiniteLossError
         if any(x < math.inf and not math.isfinite(change) for x, change in zip(self._lows, self._changes, strict=True)):
             raise RuntimeError("the particles have diverged; use a smaller sigma or lr")
         swarm["leader"] = low.index(self._lowest)
@@ -337,6 +351,9 @@ class ParticleOptimizer(Optimizer):
 
     def _prepare(self) -> dict[str, Any]:
         """The swarm and its generator: made at the first use, brought up to date after anything that may move them."""
+        former = self._cached_layout
+        if former is not None and not former.holds():
+            self._forget()
         layout = self.layout
         device, dtype = layout.params[0].device, layout.dtype
         if self._ready and self._generator is not None and self._generator.device == device:
@@ -360,17 +377,38 @@ class ParticleOptimizer(Optimizer):
             swarm["best_loss"] = current.new_full((runs,), math.inf)
             swarm["leader"] = 0
             self._warn(sum(p.numel() for p in layout.params))
+        elif former is not None and former is not layout:
+            self._follow_frozen(swarm, former, current)
         elif (known := swarm["particles"].shape[2]) < len(current):  # a parameter group was added
-            more = current[known:]
-            new = self._initial(more, runs * rows).view(runs, rows, len(more))
-            swarm["particles"] = torch.cat([swarm["particles"], new], 2)
-            for key in self._by_run:
-                swarm[key] = torch.cat([swarm[key], more.expand(runs, -1)], 1)
+            self._append(swarm, current[known:])
         elif known > len(current):
             raise ValueError(f"the particles have {known} coordinates, the trainable parameters {len(current)}")
         self._complete(swarm)
         self._ready = True
         return swarm
+
+    def _append(self, swarm: dict[str, Any], current: Tensor) -> None:
+        """Give the particles further coordinates, drawn as at the start, where the parameters hold ``current``."""
+        runs, rows, _ = swarm["particles"].shape
+        new = self._initial(current, runs * rows).view(runs, rows, len(current))
+        swarm["particles"] = torch.cat([swarm["particles"], new], 2)
+        for key in self._by_run:
+            swarm[key] = torch.cat([swarm[key], current.expand(runs, -1)], 1)
+
+    def _follow_frozen(self, swarm: dict[str, Any], former: ParticleLayout, current: Tensor) -> None:
+        """Drop the coordinates of parameters frozen since the last step, and draw those of thawed ones."""
+        known = {id(p) for p in former.params}
+        kept, thawed = ([p for p in self.layout.params if (id(p) in known) == have] for have in (True, False))
+        for key in (*self._by_particle, *self._by_run):
+            swarm[key] = swarm[key][..., former.columns_of(kept).to(current.device)]
+        for key in ("best_loss", *self._losses_by_particle):  # of other values of what is frozen now
+            swarm[key].fill_(math.inf)
+        if thawed:
+            columns = [self.layout.columns_of(params).to(current.device) for params in (kept, thawed)]
+            self._append(swarm, current[columns[1]])
+            self._complete(swarm)
+            for key in (*self._by_particle, *self._by_run):
+                swarm[key] = swarm[key][..., torch.cat(columns).argsort()]
 
     def _initial(self, current: Tensor, rows: int) -> Tensor:
         """New particles ``(rows, d)``."""

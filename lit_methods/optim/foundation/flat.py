@@ -174,6 +174,28 @@ def shards(param: Any) -> int:
     return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
+def sum_over_shards(values: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
+    """Sum of one number per local tensor, over all tensors and all shards of DTensors."""
+    if not any(is_dtensor(p) for p in params):
+        home = values[0].device
+        return torch.stack([value.to(home) for value in values]).sum()
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    by_layout: dict[Any, list[Tensor]] = {}
+    for value, p in zip(values, params, strict=True):
+        layout = (p.device_mesh, tuple(placement.is_shard() for placement in p.placements)) if is_dtensor(p) else None
+        by_layout.setdefault(layout, []).append(value)
+    totals = []
+    for layout, group in by_layout.items():
+        total = torch.stack(group).sum()
+        if layout is not None:
+            mesh, sharded = layout
+            placements = [Partial() if shard else Replicate() for shard in sharded]
+            total = DTensor.from_local(total, mesh, placements).full_tensor()
+        totals.append(total)
+    return torch.stack(totals).sum()
+
+
 def _shifted_placements(param: Any, leading: int) -> list[Any]:
     """The parameter's placements for a tensor with ``leading`` more dimensions in front."""
     from torch.distributed.tensor import Replicate, Shard

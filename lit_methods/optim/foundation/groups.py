@@ -9,6 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
+def check_lr(lr: Any) -> None:
+    """Raise unless ``lr`` is a finite number >= 0; a tensor, which would have to be read at each step, is refused."""
+    if isinstance(lr, Tensor):
+        raise ValueError(f"lr must be a number, not a tensor, got {lr}; pass lr=float(lr)")
+    check_nonnegative(lr=lr)
+
+
 def check_positive(**values: Any) -> None:
     """Raise unless each value is a finite number > 0; None passes."""
     for name, value in values.items():

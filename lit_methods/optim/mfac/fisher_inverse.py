@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_methods.optim.foundation.groups import check_positive
 from lit_methods.optim.foundation.private_names import tree_leaves, tree_map
 from lit_methods.optim.mfac.window import full_precision_products
 
@@ -66,8 +67,7 @@ class FisherInverse:
         """
         if grads.dim() != 2 or not grads.is_floating_point() or grads.numel() == 0:
             raise ValueError(f"grads must be a floating point (m, d) matrix, got {grads.dtype} {tuple(grads.shape)}")
-        if not damping > 0:
-            raise ValueError(f"damping must be > 0, got {damping}")
+        check_positive(damping=damping)
         if block_size is not None and block_size < 1:
             raise ValueError(f"block_size must be >= 1, or None for the full matrix, got {block_size}")
         if chunk_size is not None and chunk_size < 1:
@@ -213,7 +213,7 @@ def collect_gradients(
             cut, and what is left over at their ends is not used.
         eval_mode: put the module into evaluation mode meanwhile.
         out_device: where the result lives; None: with the parameters.
-        dtype: of the result; None: the parameters' (float32 at least).
+        dtype: of the result; None: the widest of the parameters' (float32 at least).
 
     Returns:
         (num_grads, d or len(columns)), in the order of ``params``; parameters that the loss does not use have zeros.
@@ -229,8 +229,10 @@ def collect_gradients(
     if batch_size_per_grad is not None and batch_size_per_grad < 1:
         raise ValueError(f"batch_size_per_grad must be >= 1, or None for whole batches, got {batch_size_per_grad}")
     device = chosen[0].device
-    for p in chosen:
-        dtype = dtype or torch.promote_types(p.dtype, torch.float32)
+    if dtype is None:
+        dtype = torch.float32
+        for p in chosen:
+            dtype = torch.promote_types(dtype, p.dtype)
     width = sum(p.numel() for p in chosen) if columns is None else len(columns)
     result = torch.empty(num_grads, width, dtype=dtype, device=out_device or device)
     filled = 0

@@ -10,7 +10,6 @@ two passes over G and one m x m system. This equals the paper's recurrences in e
 cancellation: they compute (x - almost x)/λ, which in float32 at λ = 1e-5 leaves about 3 % error.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +20,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lit_methods.optim.foundation.finite import warn_of_skipped_step
 from lit_methods.optim.foundation.flat import FlatLayout, by_column, by_parameter, is_dtensor, local_grad, local_tensor
-from lit_methods.optim.foundation.groups import check_own_state
+from lit_methods.optim.foundation.groups import check_nonnegative, check_own_state, check_positive
 from lit_methods.optim.foundation.ranks import world_size
 from lit_methods.optim.mfac.window import precondition
 
@@ -136,8 +136,7 @@ class MFAC(Optimizer):
     ) -> None:
         if num_grads < 1:
             raise ValueError(f"num_grads must be >= 1, got {num_grads}")
-        if not damping > 0:
-            raise ValueError(f"damping must be > 0, got {damping}")
+        check_positive(damping=damping)
         if window_scale not in ("full", "filled"):
             raise ValueError(f"window_scale must be 'full' or 'filled', got {window_scale!r}")
         if solver not in ("cholesky", "rank2"):
@@ -161,7 +160,6 @@ class MFAC(Optimizer):
         self._home: torch.device | None = None
         self._consolidated: Tensor | None = None
         self._skipped: Tensor | None = None
-        self._warned = False
         super().__init__(
             params,
             {
@@ -205,7 +203,6 @@ class MFAC(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_group", None)
         self._layout = self._skipped = None
-        self._warned = False
         self._consolidated = None
 
     @torch.no_grad()
@@ -251,9 +248,8 @@ class MFAC(Optimizer):
         return loss
 
     def _warn_of_skipped_steps(self) -> None:
-        if not self._warned and self._skipped is not None and bool(self._skipped):
-            self._warned = True
-            warnings.warn("MFAC skips steps whose gradient is not finite; this is said once", RuntimeWarning)
+        if self._skipped is not None and bool(self._skipped):
+            warn_of_skipped_step(self)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state.
@@ -473,12 +469,9 @@ def _check_group(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a one-element tensor, got shape {tuple(lr.shape)}")
-    if not lr >= 0:
-        raise ValueError(f"lr must be >= 0, got {lr}")
+    check_nonnegative(lr=lr, weight_decay=group["weight_decay"])
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay must be >= 0, got {group['weight_decay']}")
     for p in group["params"]:
         if not p.is_floating_point():
             raise ValueError(f"params must be real floating point, got {p.dtype}; view complex parameters as real")

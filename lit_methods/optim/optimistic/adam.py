@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.foundation.flat import local_tensor
-from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient, state_dtype
+from lit_methods.optim.foundation.states import state_dtype
+from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient
 
 __all__ = ["OptimisticAdam"]
 
@@ -21,8 +22,9 @@ class OptimisticAdam(OnlineOptimizer):
     :math:`u_t = \hat m_t / (\sqrt{\hat v_t} + \epsilon)` is Adam's direction, :math:`u_0 = 0`. Put all players of a
     game into one optimizer (``maximize`` in the groups of those who ascend) and step once on their joint gradient.
 
-    State: 12 bytes a parameter. No host synchronisation. DTensor parameters are used shard by shard. ``lr = 0`` pauses
-    a group.
+    State: 12 bytes a parameter. DTensor parameters are used shard by shard. ``lr = 0`` pauses a group. A step
+    synchronises once with the host, to see whether the gradients are finite: if not, it changes nothing, and the first
+    such step warns.
 
     Args:
         params: parameters, named parameters or groups.

@@ -1,5 +1,6 @@
 """What the optimistic online optimizers share: strict parameters and gradients, and state that keeps its precision."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from lit_methods.optim.constraints import Constraint
+from lit_methods.optim.foundation.finite import gradients_are_finite, warn_of_skipped_step
 from lit_methods.optim.foundation.flat import is_dtensor, local_grad, local_tensor
-from lit_methods.optim.foundation.groups import check_gradients, check_own_state
+from lit_methods.optim.foundation.groups import check_gradients, check_lr
+from lit_methods.optim.foundation.states import load_unrounded_state, state_dtype
+from lit_methods.optim.mirror_maps import Euclidean, check_exact
 
 Hint = Callable[[Tensor], Tensor]
 
@@ -16,8 +21,7 @@ Hint = Callable[[Tensor], Tensor]
 class OnlineOptimizer(Optimizer):
     """An optimizer that validates each group, and loads its state in the dtype in which it was saved.
 
-    ``torch.optim.Optimizer`` casts loaded state to the dtype of the parameter, which would round float32 master state
-    of bfloat16 parameters. Subclasses define :meth:`_check_group` and :meth:`_step_group`.
+    Subclasses define :meth:`_check_group` and :meth:`_step_group`.
     """
 
     takes_dtensors = False
@@ -28,8 +32,7 @@ class OnlineOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if not (isinstance(group["lr"], int | float) and 0 <= group["lr"] < float("inf")):
-                raise ValueError(f"lr must be a number >= 0 and finite, got {group['lr']}")
+            check_lr(group["lr"])
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise ValueError(
@@ -49,7 +52,7 @@ class OnlineOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one round: see the gradient at the played point, play the next point.
 
-        A group whose ``lr`` is 0 is paused: nothing of it changes.
+        A group whose ``lr`` is 0 is paused: nothing of it changes. Nor does anything when a gradient is not finite.
 
         Args:
             closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
@@ -61,36 +64,30 @@ class OnlineOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                check_gradients(params, type(self).__name__)
-                self._step_group(group, params)
+        active = [(g, [p for p in g["params"] if p.grad is not None]) for g in self.param_groups]
+        if self._accepts([p for group, params in active if group["lr"] for p in params]):
+            for group, params in active:
+                if params:
+                    self._step_group(group, params)
         return loss
+
+    def _accepts(self, params: Sequence[Any]) -> bool:
+        """Whether the gradients, which must be dense, are finite; warns of the first that are not."""
+        check_gradients(params, type(self).__name__)
+        finite = gradients_are_finite(params)
+        if not finite:
+            warn_of_skipped_step(self)
+        return finite
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; tensors are copied to their parameter's device and keep their dtype."""
-        check_own_state(self, state_dict, {*self.state_names})
-        super().load_state_dict({**state_dict, "state": {}})
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(keys, params, strict=True):
-            if key in state_dict["state"]:
-                self.state[p] = {
-                    name: value.detach().clone().to(p.device) if isinstance(value, Tensor) else value
-                    for name, value in state_dict["state"][key].items()
-                }
+        load_unrounded_state(self, state_dict, {*self.state_names})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
-
-
-def state_dtype(p: Tensor) -> torch.dtype:
-    """Float64 for float64 parameters, float32 for all others."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def loss_gradient(p: Any, group: dict[str, Any], gradient: Tensor | None = None) -> Tensor:
@@ -110,26 +107,28 @@ def loss_gradient(p: Any, group: dict[str, Any], gradient: Tensor | None = None)
     return g
 
 
-def sum_over_shards(values: Sequence[Tensor], params: Sequence[Any]) -> Tensor:
-    """Sum of one number per local tensor, over all tensors and all shards of DTensors."""
-    if not any(is_dtensor(p) for p in params):
-        home = values[0].device
-        return torch.stack([value.to(home) for value in values]).sum()
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+def check_constraint(constraint: Any) -> None:
+    """Refuse sets onto which the orthogonal projection is not known; a user's projection passes."""
+    if isinstance(constraint, Constraint):
+        check_exact(Euclidean(), constraint)
 
-    by_layout: dict[Any, list[Tensor]] = {}
-    for value, p in zip(values, params, strict=True):
-        layout = (p.device_mesh, tuple(placement.is_shard() for placement in p.placements)) if is_dtensor(p) else None
-        by_layout.setdefault(layout, []).append(value)
-    totals = []
-    for layout, group in by_layout.items():
-        total = torch.stack(group).sum()
-        if layout is not None:
-            mesh, sharded = layout
-            placements = [Partial() if shard else Replicate() for shard in sharded]
-            total = DTensor.from_local(total, mesh, placements).full_tensor()
-        totals.append(total)
-    return torch.stack(totals).sum()
+
+def start_inside(params: Sequence[Any], projected: Sequence[Tensor]) -> None:
+    """Put the starting point where its projection is, with a warning if that is elsewhere."""
+    points = [local_tensor(p) for p in params]
+    if not all(
+        torch.allclose(x, p.to(x.dtype), rtol=1e-2 if p.dtype.itemsize < 4 else 1e-5, atol=1e-6)
+        for x, p in zip(projected, points, strict=True)
+    ):
+        warnings.warn("the initial point lies outside the constraint set and was projected", stacklevel=6)
+    for p, x in zip(points, projected, strict=True):
+        p.copy_(x)
+
+
+def left_out(group: dict[str, Any], params: Sequence[Any]) -> list[Any]:
+    """The group's other parameters, which stay where they are while ``params`` move."""
+    moving = {id(p) for p in params}
+    return [p.detach() for p in group["params"] if id(p) not in moving]
 
 
 def check_optimism(optimism: Any) -> None:

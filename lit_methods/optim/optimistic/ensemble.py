@@ -14,8 +14,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Constraint, apply_constraint
-from lit_methods.optim.foundation.groups import check_positive
-from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient, state_dtype
+from lit_methods.optim.foundation.groups import check_nonnegative, check_positive
+from lit_methods.optim.foundation.states import state_dtype
+from lit_methods.optim.optimistic.base import (
+    OnlineOptimizer,
+    check_constraint,
+    left_out,
+    loss_gradient,
+    start_inside,
+)
 
 __all__ = ["OptimisticEnsemble"]
 
@@ -32,8 +39,10 @@ class OptimisticEnsemble(OnlineOptimizer):
     :math:`p_t \propto e^{-\epsilon_t (\sum_{s<t} \ell_s + m_t)}` (``meta="lazy"``), with :math:`\epsilon_{t+1} =
     \min\{1/(8 D^2 L), (1 + \sum_{s \le t} \|\ell_s - m_s\|_\infty^2)^{-1/2}\}`.
 
-    All parameters of a group are one point. State: 2 N float32 numbers a parameter. No host synchronisation. Parameters
-    without a gradient stay where they are.
+    All parameters of a group are one point. State: 2 N float32 numbers a parameter. Parameters without a gradient stay
+    where they are, and the others move in what these leave of a set that all share. A start outside of the set is
+    projected, with a warning. A step synchronises once with the host, to see whether the gradients are finite: if not,
+    it changes nothing, and the first such step warns.
 
     Args:
         params: parameters, named parameters or groups.
@@ -79,11 +88,8 @@ class OptimisticEnsemble(OnlineOptimizer):
             raise ValueError(f"meta must be 'greedy' or 'lazy', got {meta!r}")
         if step_sizes is None:
             step_sizes = self.step_pool(diameter, grad_bound, smoothness, horizon)
-        if not step_sizes or not all(0 < eta < float("inf") for eta in step_sizes):
-            raise ValueError(f"step_sizes must hold at least one number, all > 0 and finite, got {step_sizes}")
         stability = 2 * smoothness if stability is None else stability
-        if not 0 <= stability < float("inf"):
-            raise ValueError(f"stability must be >= 0 and finite, got {stability}")
+        check_constraint(constraint)
         self._constraint = constraint
         self._meta = meta
         super().__init__(
@@ -116,13 +122,14 @@ class OptimisticEnsemble(OnlineOptimizer):
         return {**super().__getstate__(), "_constraint": self._constraint, "_meta": self._meta}
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if not 0 <= group["weight_decay"] < float("inf"):
-            raise ValueError(f"weight_decay must be >= 0 and finite, got {group['weight_decay']}")
+        check_nonnegative(weight_decay=group["weight_decay"], stability=group["stability"])
+        step_sizes = group["step_sizes"]
+        if not step_sizes or not all(0 < eta < float("inf") for eta in step_sizes):
+            raise ValueError(f"step_sizes must hold at least one number, all > 0 and finite, got {step_sizes}")
         if self._constraint is not None and not any(p.is_meta for p in group["params"]):
             with torch.no_grad():
-                inside = apply_constraint(self._constraint, [p.to(state_dtype(p)) for p in group["params"]])
-                for p, x in zip(group["params"], inside, strict=True):
-                    p.copy_(x)
+                points = [p.to(state_dtype(p)) for p in group["params"]]
+                start_inside(group["params"], apply_constraint(self._constraint, points))
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         first = group["params"][0]
@@ -150,9 +157,12 @@ class OptimisticEnsemble(OnlineOptimizer):
         rate = (1 + meta["surprise"]).rsqrt().clamp(max=group["meta_lr"])
 
         etas = group["lr"] * meta["steps"]
-        steps = [etas.view(-1, *[1] * g.ndim) * g for g in gradients]
-        x_hats = apply_constraint(self._constraint, [s["x_hats"] - d for s, d in zip(states, steps, strict=True)], 1)
-        points = apply_constraint(self._constraint, [a - d for a, d in zip(x_hats, steps, strict=True)], 1)
+        steps = [etas.to(g).view(-1, *[1] * g.ndim) * g for g in gradients]
+        fixed = left_out(group, params)
+        x_hats = [s["x_hats"] - d for s, d in zip(states, steps, strict=True)]
+        x_hats = apply_constraint(self._constraint, x_hats, 1, fixed=fixed)
+        points = [a - d for a, d in zip(x_hats, steps, strict=True)]
+        points = apply_constraint(self._constraint, points, 1, fixed=fixed)
         moves = [(x - s["points"]).square().reshape(len(x), -1).sum(1) for x, s in zip(points, states, strict=True)]
         meta["moved"].copy_(group["stability"] * torch.stack(moves).sum(0))
         meta["expected"].copy_(_inner(gradients, points) + meta["moved"])

@@ -13,7 +13,6 @@ from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.foundation.closures import RepeatedClosure
 from lit_methods.optim.foundation.flat import local_tensor
-from lit_methods.optim.foundation.groups import check_gradients
 from lit_methods.optim.optimistic.adam import adam_directions, check_adam_group
 from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient
 
@@ -25,6 +24,7 @@ class _Extrapolating(OnlineOptimizer):
 
     takes_dtensors = True
     gradients_cleared = False
+    _skips_round = False  # between extrapolation and step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
@@ -35,16 +35,22 @@ class _Extrapolating(OnlineOptimizer):
     def extrapolation(self) -> None:
         """Move the parameters to the look-ahead point, remembering where they were.
 
+        With a gradient that is not finite they stay, and :meth:`step` takes nothing but the round's end.
+
         Raises:
             RuntimeError: called twice without :meth:`step` between.
         """
-        for group, params in self._active():
-            if any("origin" in self.state[p] for p in params):
-                raise RuntimeError("extrapolation() was called twice; call step() with the gradient at the new point")
-            directions = self._directions(group, params)
+        active = self._active()
+        moving = [p for _, params in active for p in params]
+        if any("origin" in self.state[p] for p in moving):
+            raise RuntimeError("extrapolation() was called twice; call step() with the gradient at the new point")
+        self._skips_round = not self._accepts(moving)
+        for group, params in active:
+            directions = None if self._skips_round else self._directions(group, params)
             for p in params:
                 self.state[p]["origin"] = p.detach().clone()
-            _descend(params, directions, group["lr"])
+            if directions is not None:
+                _descend(params, directions, group["lr"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -64,23 +70,26 @@ class _Extrapolating(OnlineOptimizer):
             loss = evaluate()
             self.extrapolation()
             evaluate()
-        for group, params in self._active():
-            directions = self._directions(group, params)
-            if any("origin" not in self.state[p] for p in params):
-                raise RuntimeError(
-                    f"{type(self).__name__}.step needs extrapolation() before it, or a closure, which a GradScaler "
-                    "(16-mixed) does not pass: use bf16-mixed, or manual optimization"
-                )
+        active = self._active()
+        moving = [p for _, params in active for p in params]
+        if any("origin" not in self.state[p] for p in moving):
+            raise RuntimeError(
+                f"{type(self).__name__}.step needs extrapolation() before it, or a closure, which a GradScaler "
+                "(16-mixed) does not pass: use bf16-mixed, or manual optimization"
+            )
+        skip = self._skips_round or not self._accepts(moving)
+        for group, params in active:
+            directions = None if skip else self._directions(group, params)
             for p in params:
                 p.copy_(self.state[p].pop("origin"))
-            _descend(params, directions, group["lr"])
+            if directions is not None:
+                _descend(params, directions, group["lr"])
         return loss
 
     def _active(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         active = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            check_gradients(params, type(self).__name__)
             if params and group["lr"] == 0:
                 self._directions(group, params)  # makes the state that a checkpoint is loaded into
             elif params:
@@ -100,7 +109,9 @@ class ExtraGradient(_Extrapolating):
 
     Give :meth:`step` a closure (any Trainer does; it runs ``training_step`` twice), or call :meth:`extrapolation` after
     the first backward pass and ``step()`` after the second. Between the two, 4 bytes a parameter. The form with one
-    gradient a round is :class:`~lit_methods.optim.OptimisticOMD` with a constant step. ``lr = 0`` pauses a group.
+    gradient a round is :class:`~lit_methods.optim.OptimisticOMD` with a constant step. ``lr = 0`` pauses a group. Each
+    of the two moves synchronises once with the host, to see whether the gradients are finite: if not, the round ends
+    where it began, and the first such round warns.
 
     Args:
         params: parameters, named parameters or groups; DTensors are used shard by shard.
@@ -125,7 +136,9 @@ class ExtraGradient(_Extrapolating):
 class ExtraAdam(_Extrapolating):
     """Extragradient whose two moves are Adam steps; the moments see both gradients of a round.
 
-    Used like :class:`ExtraGradient`. State: 8 bytes a parameter, and 4 more between the two moves.
+    Used like :class:`ExtraGradient`. State: 8 bytes a parameter, and 4 more between the two moves. Each of the two
+    moves synchronises once with the host, to see whether the gradients are finite: if not, the round ends where it
+    began, and the first such round warns; the moments keep the first gradient if the second is not finite.
 
     Args:
         params: parameters, named parameters or groups; DTensors are used shard by shard.

@@ -13,7 +13,16 @@ from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Constraint, apply_constraint
 from lit_methods.optim.foundation.groups import check_positive
-from lit_methods.optim.optimistic.base import Hint, OnlineOptimizer, check_optimism, loss_gradient, state_dtype
+from lit_methods.optim.foundation.states import state_dtype
+from lit_methods.optim.optimistic.base import (
+    Hint,
+    OnlineOptimizer,
+    check_constraint,
+    check_optimism,
+    left_out,
+    loss_gradient,
+    start_inside,
+)
 
 __all__ = ["OptimisticFTL", "OptimisticFTRL"]
 
@@ -29,6 +38,7 @@ class _Leader(OnlineOptimizer):
         optimism: Literal["last_gradient", "none"] | Hint,
     ) -> None:
         check_optimism(optimism)
+        check_constraint(constraint)
         self._constraint = constraint
         self._optimism = optimism
         super().__init__(params, defaults)
@@ -43,7 +53,8 @@ class _Leader(OnlineOptimizer):
             raise ValueError(f"weight_decay must be >= 0 and finite, got {group['weight_decay']}")
         if not any(p.is_meta for p in group["params"]):
             with torch.no_grad():
-                self._write_played(group["params"], [p.to(state_dtype(p)) for p in group["params"]])
+                points = [p.to(state_dtype(p)) for p in group["params"]]
+                start_inside(group["params"], apply_constraint(self._constraint, points))
 
     def _guesses(self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor]) -> list[Tensor] | None:
         if self._optimism == "none":
@@ -52,8 +63,9 @@ class _Leader(OnlineOptimizer):
             return [loss_gradient(p, group, self._optimism(p)) for p in params]
         return gradients
 
-    def _write_played(self, params: list[Tensor], points: list[Tensor]) -> None:
-        for p, x in zip(params, apply_constraint(self._constraint, points), strict=True):
+    def _write_played(self, group: dict[str, Any], params: list[Tensor], points: list[Tensor]) -> None:
+        points = apply_constraint(self._constraint, points, fixed=left_out(group, params))
+        for p, x in zip(params, points, strict=True):
             p.copy_(x)
 
 
@@ -65,7 +77,11 @@ class OptimisticFTRL(_Leader):
     \eta_s \|g_s - M_s\|^2)`. (The paper regularises around the origin; so does this class when the parameters start
     there.)
 
-    State: 12 bytes a parameter (the sum of gradients, the starting point, the guess). No host synchronisation.
+    State: 12 bytes a parameter (the sum of gradients, the starting point, the guess).
+
+    A start outside of the set is projected, with a warning. Parameters without a gradient stay where they are, and the
+    others move in what these leave of a set that all share. A step synchronises once with the host, to see whether the
+    gradients are finite: if not, it changes nothing, and the first such step warns.
 
     Args:
         params: parameters, named parameters or groups.
@@ -140,7 +156,7 @@ class OptimisticFTRL(_Leader):
                 state["guess"].copy_(guesses[i])
                 total = total + guesses[i]
             points.append(state["start"] - 0.5 * eta.to(g.device) * total)
-        self._write_played(params, points)
+        self._write_played(group, params, points)
 
 
 class OptimisticFTL(_Leader):
@@ -149,7 +165,11 @@ class OptimisticFTL(_Leader):
     Plays the minimiser over X of :math:`\sum_{s<t} [\langle g_s, x\rangle + (\mu/2)\|x - x_s\|^2] + \langle M_t,
     x\rangle`, the projection of :math:`(\sum_{s<t} x_s - lr\,(\sum_{s<t} g_s + M_t) / \mu) / (t - 1)`.
 
-    State: 8 bytes a parameter. No host synchronisation.
+    State: 8 bytes a parameter.
+
+    A start outside of the set is projected, with a warning. Parameters without a gradient stay where they are, and the
+    others move in what these leave of a set that all share. A step synchronises once with the host, to see whether the
+    gradients are finite: if not, it changes nothing, and the first such step warns.
 
     Args:
         params: parameters, named parameters or groups.
@@ -203,4 +223,4 @@ class OptimisticFTL(_Leader):
             total = state["sum"] if guesses is None else state["sum"] + guesses[i]
             scale = group["lr"] / group["strong_convexity"]
             played.append((state["points"] - scale * total) / state["rounds"])
-        self._write_played(params, played)
+        self._write_played(group, params, played)

@@ -4,6 +4,7 @@ The extension of arXiv 2302.04552 in JMLR 25(178), 2024: the guess of the next l
 gradient. The form below is recalled from the paper, not read in it.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,15 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Constraint, apply_constraint
-from lit_methods.optim.foundation.groups import check_gradients, check_positive
-from lit_methods.optim.optimistic.base import OnlineOptimizer, loss_gradient, state_dtype
+from lit_methods.optim.foundation.groups import check_positive
+from lit_methods.optim.foundation.states import state_dtype
+from lit_methods.optim.optimistic.base import (
+    OnlineOptimizer,
+    check_constraint,
+    left_out,
+    loss_gradient,
+    start_inside,
+)
 
 __all__ = ["ImplicitOMD", "prox_absolute", "prox_hinge"]
 
@@ -38,7 +46,10 @@ class ImplicitOMD(OnlineOptimizer):
     in the inner steps, and once at the next point, where the gradient of the last loss is kept. In a Lightning Trainer
     each call repeats ``training_step``. Under DDP each call averages gradients, so ranks stay identical.
 
-    State: 8 bytes a parameter. No host synchronisation.
+    State: 8 bytes a parameter, and as much again during a step. Parameters without a gradient stay where they are, and
+    the others move in what these leave of a set that all share. A start outside of the set is projected, with a
+    warning. Host synchronisations: one after each call of the closure, to see whether the gradients are finite: if not,
+    the step changes nothing, and the first such step warns.
 
     Args:
         params: parameters, named parameters or groups.
@@ -75,6 +86,7 @@ class ImplicitOMD(OnlineOptimizer):
     ) -> None:
         if inner_steps < 1:
             raise ValueError(f"inner_steps must be >= 1, got {inner_steps}")
+        check_constraint(constraint)
         self._inner_steps = inner_steps
         self._constraint = constraint
         super().__init__(
@@ -90,7 +102,8 @@ class ImplicitOMD(OnlineOptimizer):
             raise ValueError(f"weight_decay must be >= 0 and finite, got {group['weight_decay']}")
         if not any(p.is_meta for p in group["params"]):
             with torch.no_grad():
-                self._write_played(group["params"], [p.to(state_dtype(p)) for p in group["params"]])
+                points = [p.to(state_dtype(p)) for p in group["params"]]
+                start_inside(group["params"], apply_constraint(self._constraint, points))
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -117,29 +130,49 @@ class ImplicitOMD(OnlineOptimizer):
         loss = evaluate()
         active = [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
         active = [(group, params) for group, params in active if params]
+        moving = [p for _, params in active for p in params]
+        if not self._accepts(moving):
+            return loss
+        known = [p for group, _ in active for p in group["params"] if p in self.state]  # they share some numbers
+        points, states = [p.clone() for p in moving], copy.deepcopy([self.state[p] for p in known])
+        if not self._play(active, evaluate, prox):
+            for p, point in zip(moving, points, strict=True):
+                p.copy_(point)
+                self.state.pop(p, None)
+            self.state.update(zip(known, states, strict=True))
+        return loss
+
+    def _play(
+        self, active: list[tuple[dict[str, Any], list[Tensor]]], evaluate: Callable[[], Any], prox: Prox | None
+    ) -> bool:
+        """From the first gradient to the guess at the next point; False when a gradient on the way is not finite."""
+        moving = [p for _, params in active for p in params]
         steps = [self._learn(group, params) for group, params in active]
         for j in range(1, self._inner_steps + 1 if prox is None else 2):
             if prox is None:
                 evaluate()
+                if not self._accepts(moving):
+                    return False
             for (group, params), eta in zip(active, steps, strict=True):
                 x_hats = [self.state[p]["x_hat"] for p in params]
                 if prox is not None:
-                    self._write_played(params, [prox(x_hat, eta) for x_hat in x_hats])
+                    self._write_played(group, params, [prox(x_hat, eta) for x_hat in x_hats])
                     continue
                 moved = []
                 for p, x_hat in zip(params, x_hats, strict=True):
                     x = p.to(x_hat.dtype)
                     moved.append(x - 2 / (j + 1) * (eta * loss_gradient(p, group) + x - x_hat))
-                self._write_played(params, moved)
+                self._write_played(group, params, moved)
         evaluate()
+        if not self._accepts(moving):
+            return False
         for group, params in active:
             for p in params:
                 self.state[p]["guess"].copy_(loss_gradient(p, group))
-        return loss
+        return True
 
     def _learn(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
         """x-hat, and the parameters at it; returns the next step size."""
-        check_gradients(params, "ImplicitOMD")
         shared = next((self.state[p] for p in group["params"] if self.state.get(p)), None)
         for p in params:
             state, dtype = self.state[p], state_dtype(p)
@@ -161,9 +194,10 @@ class ImplicitOMD(OnlineOptimizer):
         variation.add_(torch.stack([e.to(variation.device) for e in errors]).sum())
         torch.maximum(largest, square, out=largest)
         x_hats = [s["x_hat"] - eta * g for s, g in zip(states, gradients, strict=True)]
-        for state, x in zip(states, apply_constraint(self._constraint, x_hats), strict=True):
+        x_hats = apply_constraint(self._constraint, x_hats, fixed=left_out(group, params))
+        for state, x in zip(states, x_hats, strict=True):
             state["x_hat"].copy_(x)
-        self._write_played(params, [s["x_hat"] for s in states])
+        self._write_played(group, params, x_hats)
         return self._step_size(group, largest, variation)
 
     @staticmethod
@@ -171,8 +205,9 @@ class ImplicitOMD(OnlineOptimizer):
         under = 4 * bound + variation
         return torch.where(under > 0, group["lr"] * under.rsqrt(), 0.0)
 
-    def _write_played(self, params: list[Tensor], points: list[Tensor]) -> None:
-        for p, x in zip(params, apply_constraint(self._constraint, points), strict=True):
+    def _write_played(self, group: dict[str, Any], params: list[Tensor], points: list[Tensor]) -> None:
+        points = apply_constraint(self._constraint, points, fixed=left_out(group, params))
+        for p, x in zip(params, points, strict=True):
             p.copy_(x)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lit_methods.optim.constraints import weighted_ball_multiplier
+from lit_methods.optim.constraints import Ball, weighted_ball_multiplier
 from lit_methods.optim.foundation.groups import check_positive
-from lit_methods.optim.optimistic.base import Hint, OnlineOptimizer, check_optimism, loss_gradient
+from lit_methods.optim.optimistic.base import Hint, OnlineOptimizer, check_optimism, loss_gradient, start_inside
 
 __all__ = ["OptimisticOnlineNewton"]
 
@@ -31,9 +31,10 @@ class OptimisticOnlineNewton(OnlineOptimizer):
     (:meth:`theory_defaults`) is far too cautious in practice, so both constants are arguments.
 
     State: 2 d^2 + d float64 numbers. Time: O(d^2) a step by Sherman and Morrison's formula, and a fresh inverse every d
-    steps. Host synchronisations on CUDA: none without ``radius``; with it one a projection, and an eigendecomposition,
-    O(d^3), where the ball is active. A parameter without gradient counts as one with gradient 0 (and stays where it is
-    as long as it never had another).
+    steps. Host synchronisations on CUDA: one, to see whether the gradients are finite (if not, the step changes
+    nothing, and the first such step warns); with ``radius`` one more a projection, and an eigendecomposition, O(d^3),
+    where the ball is active. A parameter without a gradient stays where it is and counts as one with gradient 0; the
+    others move in what it leaves of the ball. A start outside of the ball is projected, with a warning.
 
     Args:
         params: parameters, named parameters or groups.
@@ -114,9 +115,7 @@ class OptimisticOnlineNewton(OnlineOptimizer):
             )
         if group["radius"] is not None and not any(p.is_meta for p in group["params"]):
             with torch.no_grad():
-                norm = torch.stack([p.double().square().sum() for p in group["params"]]).sum().sqrt()
-                for p in group["params"]:
-                    p.mul_((group["radius"] / norm.clamp(min=group["radius"])).to(p.dtype))
+                start_inside(group["params"], Ball(group["radius"])([p.double() for p in group["params"]]))
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         state = self.state[group["params"][0]]
@@ -135,7 +134,7 @@ class OptimisticOnlineNewton(OnlineOptimizer):
             ]
         )
         x_hat, matrix, inverse = state["x_hat"], state["matrix"], state["inverse"]
-        x_hat.copy_(project_onto_ball(x_hat - group["lr"] * (inverse @ g), matrix, group["radius"]))
+        x_hat.copy_(project_what_moves(x_hat - group["lr"] * (inverse @ g), matrix, group))
         add_rank_one_(matrix, inverse, g, 0.5 * group["beta"], refactor=state["rounds"] % len(g) == 0)
         played = x_hat
         if self._optimism != "none":
@@ -146,14 +145,14 @@ class OptimisticOnlineNewton(OnlineOptimizer):
                     for p, has in zip(group["params"], present, strict=True)
                 ]
                 guess = _flatten(hints)
-            played = project_onto_ball(x_hat - group["lr"] * (inverse @ guess), matrix, group["radius"])
+            played = project_what_moves(x_hat - group["lr"] * (inverse @ guess), matrix, group)
         parts = played.split([p.numel() for p in group["params"]])
         for p, part, has in zip(group["params"], parts, present, strict=True):
             if has:
                 p.copy_(part.view_as(p))
 
 
-def project_matrix_ball(y: Tensor, matrix: Tensor, radius: float) -> Tensor:
+def project_matrix_ball(y: Tensor, matrix: Tensor, radius: float | Tensor) -> Tensor:
     """Projection of ``y`` (d,) onto ``||x||_2 <= radius`` in the norm of ``matrix`` (d, d), symmetric and positive."""
     weights, basis = torch.linalg.eigh(matrix)
     z = basis.T @ y
@@ -161,11 +160,21 @@ def project_matrix_ball(y: Tensor, matrix: Tensor, radius: float) -> Tensor:
     return basis @ (weights * z / (weights + nu))
 
 
-def project_onto_ball(y: Tensor, matrix: Tensor, radius: float | None) -> Tensor:
+def project_onto_ball(y: Tensor, matrix: Tensor, radius: float | Tensor | None) -> Tensor:
     """``y`` where it is inside, or there is no ball, else :func:`project_matrix_ball`. Synchronises."""
     if radius is None or bool(y.norm() <= radius):
         return y
     return project_matrix_ball(y, matrix, radius)
+
+
+def project_what_moves(y: Tensor, matrix: Tensor, group: dict[str, Any]) -> Tensor:
+    """``y`` with the coordinates that have a gradient projected onto what the parameters without leave of the ball."""
+    fixed = [p.detach() for p in group["params"] if p.grad is None]
+    if not fixed or group["radius"] is None:
+        return project_onto_ball(y, matrix, group["radius"])
+    moves = torch.cat([torch.full((p.numel(),), p.grad is not None) for p in group["params"]]).to(y.device)
+    radius = Ball(group["radius"]).beside(fixed).radius
+    return y.masked_scatter(moves, project_onto_ball(y[moves], matrix[moves][:, moves], radius))
 
 
 def add_rank_one_(matrix: Tensor, inverse: Tensor, g: Tensor, scale: float, refactor: bool = False) -> None:

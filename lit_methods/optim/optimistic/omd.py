@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lit_methods.optim.constraints import Ball, Constraint, L1Ball, Simplex, apply_constraint
-from lit_methods.optim.foundation.flat import is_dtensor, local_tensor
+from lit_methods.optim.foundation.flat import is_dtensor, local_tensor, sum_over_shards
 from lit_methods.optim.foundation.groups import check_positive, count_round, rounds_so_far
+from lit_methods.optim.foundation.states import state_dtype
 from lit_methods.optim.mirror_maps import (
     SMALLEST_PROBABILITY,
     DiagonalAdaGrad,
@@ -33,15 +34,16 @@ from lit_methods.optim.mirror_maps import (
     MirrorMap,
     MirrorName,
     PNorm,
+    check_exact,
     mirror_map,
 )
 from lit_methods.optim.optimistic.base import (
     Hint,
     OnlineOptimizer,
     check_optimism,
+    left_out,
     loss_gradient,
-    state_dtype,
-    sum_over_shards,
+    start_inside,
 )
 
 __all__ = ["OptimisticOMD"]
@@ -66,10 +68,10 @@ class OptimisticOMD(OnlineOptimizer):
     ``optimism="none"``). Everything else, and parameters in half precision, keeps :math:`\hat x` in float32 besides: 8
     bytes.
 
-    No step synchronises with the host, but for the first one. A change of ``lr`` acts from the next played point on;
-    ``lr = 0`` pauses a group. Parameters without a gradient stay where they are. Gradients that are not finite spoil
-    the state, as with SGD: use a GradScaler or skip the step. Clip before the step; the guess is then the clipped
-    gradient.
+    A step synchronises once with the host, to see whether the gradients are finite: if not, it changes nothing, and
+    the first such step warns. A change of ``lr`` acts from the next played point on; ``lr = 0`` pauses a group.
+    Parameters without a gradient stay where they are, and the others move in what these leave of a set that all share.
+    A start outside the set is projected, with a warning. Clip before the step; the guess is then the clipped gradient.
 
     DDP: ranks hold identical state. DTensors (FSDP2, tensor parallelism) are taken with norms over all shards; maps and
     constraints that would split what belongs together (``p_norm``, and rows of ``entropy``, ``Simplex`` and ``L1Ball``
@@ -90,7 +92,8 @@ class OptimisticOMD(OnlineOptimizer):
         grad_bound: G, a bound on gradient norms, > 0; None takes the largest norm so far (practical, not in the paper).
         strong_convexity: :math:`\lambda` > 0, needed by "strongly_convex".
         weight_decay: L2 coefficient >= 0, part of the loss.
-        per_parameter: every parameter tunes its own step; otherwise all of a group share one, as in the paper.
+        per_parameter: every parameter tunes its own step; otherwise all of a group share one, as in the paper. Not
+            with a ``Ball`` that all parameters share, in which one step moves all.
         average: also keep the average of the played points, for :meth:`averaged_parameters`.
         maximize: ascend; in one group of two, the other player of a game.
         foreach: use multi-tensor kernels where there is no constraint; None means on CUDA only (a CPU is faster
@@ -140,7 +143,9 @@ class OptimisticOMD(OnlineOptimizer):
                 f"step_size={step_size!r} must be 'constant' with mirror='adagrad', which adapts by itself"
             )
         if isinstance(constraint, Constraint):
-            _check_exact(self._mirror, constraint)
+            check_exact(self._mirror, constraint)
+        if per_parameter and isinstance(constraint, Ball) and not constraint.per_tensor:
+            raise ValueError("constraint must be a Ball with per_tensor=True for per_parameter=True, got False")
         self._constraint = constraint
         self._optimism = optimism
         self._step_size = step_size
@@ -220,13 +225,7 @@ class OptimisticOMD(OnlineOptimizer):
                 projected = self._project(projected, params)
         else:
             projected = self._project(wide, params)
-        if not all(
-            torch.allclose(a, b, rtol=1e-2 if p.dtype.itemsize < 4 else 1e-5, atol=1e-6)
-            for a, b, p in zip(projected, wide, points, strict=True)
-        ):
-            warnings.warn("the initial point lies outside the constraint set and was projected", stacklevel=5)
-        for p, inside in zip(points, projected, strict=True):
-            p.copy_(inside)
+        start_inside(params, projected)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = self._states(group, params)
@@ -234,8 +233,10 @@ class OptimisticOMD(OnlineOptimizer):
             return
         rounds = count_round(self.state, group, params)
         if self._average:
-            for p, state in zip(params, states, strict=True):
-                local_tensor(state["average"]).lerp_(local_tensor(p).to(state["average"].dtype), 1 / rounds)
+            for p in group["params"]:
+                average = self.state[p].get("average") if p in self.state else None
+                if average is not None:
+                    local_tensor(average).lerp_(local_tensor(p).to(average.dtype), 1 / rounds)
         gradients = [loss_gradient(p, group) for p in params]
         if self._per_parameter and self._step_size == "adaptive":
             for p, state, g in zip(params, states, gradients, strict=True):
@@ -324,9 +325,9 @@ class OptimisticOMD(OnlineOptimizer):
             for s, error in zip(squares, errors, strict=True):
                 s.addcmul_(error, error)
             next_weights = [mirror.metric(s, g) for s, g in zip(squares, gradients, strict=True)]
-        for x_hat, y in zip(x_hats, self._descend(x_hats, gradients, eta, params, weights), strict=True):
+        for x_hat, y in zip(x_hats, self._descend(x_hats, gradients, eta, group, params, weights), strict=True):
             x_hat.copy_(y)
-        played = x_hats if hints is None else self._descend(x_hats, hints, next_eta, params, next_weights)
+        played = x_hats if hints is None else self._descend(x_hats, hints, next_eta, group, params, next_weights)
         for p, y in zip(params, played, strict=True):
             local_tensor(p).copy_(mirror.point(y))
         if guesses and hints is not None:
@@ -396,6 +397,7 @@ class OptimisticOMD(OnlineOptimizer):
         x_hats: list[Tensor],
         gradients: list[Tensor],
         eta: Any,
+        group: dict[str, Any],
         params: list[Tensor],
         weights: list[Tensor] | None,
     ) -> list[Tensor]:
@@ -407,35 +409,29 @@ class OptimisticOMD(OnlineOptimizer):
         moved = [mirror.move(x, g) for x, g in zip(x_hats, scaled, strict=True)]
         if self._constraint is None or isinstance(mirror, Entropy):
             return moved
-        points = self._project([mirror.point(y) for y in moved], params, weights)
+        points = self._project([mirror.point(y) for y in moved], params, weights, left_out(group, params))
         return [mirror.coordinates(x) for x in points]
 
     def _project(
-        self, points: list[Tensor], params: Sequence[Any], weights: list[Tensor] | None = None
+        self,
+        points: list[Tensor],
+        params: Sequence[Any],
+        weights: list[Tensor] | None = None,
+        fixed: Sequence[Any] = (),
     ) -> list[Tensor]:
         ball = self._constraint
         if isinstance(ball, Ball) and any(is_dtensor(p) for p in params):
             members = [[i] for i in range(len(points))] if ball.per_tensor else [list(range(len(points)))]
+            left = torch.as_tensor(ball.radius, dtype=torch.float64).square()
+            if fixed and not ball.per_tensor:
+                left = left - sum_over_shards([local_tensor(p).double().square().sum() for p in fixed], fixed)
             for group in members:
-                square = sum_over_shards([points[i].square().sum() for i in group], [params[i] for i in group])
+                square = sum_over_shards([points[i].double().square().sum() for i in group], [params[i] for i in group])
+                scale = torch.where(square > left, (left.clamp(min=0) / square).sqrt(), 1.0)
                 for i in group:
-                    points[i] = points[i] * (ball.radius / square.sqrt().clamp(min=ball.radius))
+                    points[i] = points[i] * scale
             return points
-        return apply_constraint(self._constraint, points, weights=weights)
-
-
-def _check_exact(mirror: MirrorMap, constraint: Constraint) -> None:
-    name, allowed = type(mirror).__name__, mirror.exact
-    if not isinstance(constraint, allowed):
-        names = " or ".join(kind.__name__ for kind in allowed)
-        raise ValueError(f"constraint must be {names} with the mirror map {name}, got {type(constraint).__name__}")
-    norm = mirror.p if isinstance(mirror, PNorm) else 2.0
-    if isinstance(constraint, Ball) and constraint.norm != norm:
-        raise ValueError(f"constraint must be a Ball with norm={norm} for the mirror map {name}, got {constraint.norm}")
-    if isinstance(constraint, Ball) and isinstance(mirror, PNorm) and not constraint.per_tensor:
-        raise ValueError("constraint must be a Ball with per_tensor=True for the mirror map PNorm, got False")
-    if isinstance(mirror, Entropy) and (constraint.dim, constraint.total) != (mirror.dim, 1.0):  # type: ignore[union-attr]
-        raise ValueError(f"constraint must be Simplex(dim={mirror.dim}) for Entropy(dim={mirror.dim}), got another")
+        return apply_constraint(self._constraint, points, weights=weights, fixed=fixed)
 
 
 def _adaptive_step(group: dict[str, Any], bound: Tensor, variation: Tensor) -> Tensor:

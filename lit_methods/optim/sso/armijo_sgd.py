@@ -5,6 +5,7 @@ and Convergence Rates", NeurIPS 2019, arXiv 1905.09997 ("SLS"): the baseline in 
 with.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lit_methods.optim.foundation.closures import RepeatedClosure
+from lit_methods.optim.foundation.finite import warn_of_skipped_step
 from lit_methods.optim.foundation.groups import (
     check_at_least,
     check_factor,
@@ -35,8 +37,8 @@ class ArmijoSGD(Optimizer):
     The search starts at ``grow`` times the last accepted step, at most at ``lr``, and multiplies by ``decay`` until
     loss(p - αg) <= loss(p) - c α |g|². One step costs one gradient and one loss evaluation for each trial. Host
     synchronisations on CUDA: one for |g|² and one for each trial. With several ranks (DDP) losses are averaged, so all
-    take the same step. A loss or gradient that is not finite leaves the parameters unchanged. When no trial is accepted
-    the parameters stay where they are and the next search starts at the last trial.
+    take the same step. A loss or gradient that is not finite skips the step, and the first such step warns. When no
+    trial is accepted the parameters stay where they are and the next search starts at the last trial.
 
     Args:
         params: parameters, named parameters or groups; groups share all settings, except that ``lr=0`` freezes a group.
@@ -128,7 +130,8 @@ class ArmijoSGD(Optimizer):
                 "ArmijoSGD needs dense gradients, not sparse ones; build the embedding with sparse=False"
             )
         value, slope = self._mean(loss), inner_product(grads, grads)
-        if not torch.tensor([value, slope]).isfinite().all():
+        if not (math.isfinite(value) and math.isfinite(slope)):
+            warn_of_skipped_step(self)
             return loss
         group, state = self.param_groups[0], self.state.setdefault("armijo", {})
         step_size = min(group["grow"] * state.get("step_size", greatest), greatest)

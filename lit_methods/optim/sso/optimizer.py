@@ -23,11 +23,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lit_methods.optim.foundation.finite import warn_of_skipped_step
 from lit_methods.optim.foundation.flat import is_dtensor
 from lit_methods.optim.foundation.groups import (
     check_at_least,
     check_choice,
     check_keys,
+    check_lr,
     check_nonnegative,
     check_own_state,
     check_positive,
@@ -101,15 +103,16 @@ class SSO(Optimizer):
     Memory: three copies of the parameters during the step. Host synchronisations on CUDA: several for each inner step,
     for line searches and stopping rules decide on the host.
 
-    A loss or gradient that is not finite skips the step with a warning. ``.grad`` is neither read nor changed, so
-    gradient clipping has no effect; use ``max_target_grad_norm``. fp16 gradient scaling is refused: train in
-    bfloat16.
+    A loss or gradient that is not finite skips the step, and the first such step warns. ``.grad`` is neither read nor
+    changed, so gradient clipping has no effect; use ``max_target_grad_norm``. fp16 gradient scaling is refused: train
+    in bfloat16.
 
     Several processes: S is the mean over all ranks' examples; under DDP the inner steps use the module without its
     wrapper and all-reduce gradients and every number on which a decision depends, once per inner step (less often
     with a solver's ``sync_every``). FSDP2: the capture of the root module works with every solver but
-    ``ConjugateGradient``, without forward-mode derivatives; ``torch.distributed.checkpoint`` does not take this
-    optimizer's state. FSDP1 is refused.
+    ``ConjugateGradient``; the step lengths of ``GaussNewton`` come from central differences there, equal to those of
+    forward-mode derivatives to about 1e-4 in float32; ``torch.distributed.checkpoint`` does not take this optimizer's
+    state. FSDP1 is refused.
 
     Args:
         params: parameters, named parameters or groups. Groups may differ in ``weight_decay``. They share ``lr``, except
@@ -226,7 +229,8 @@ class SSO(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_nonnegative(lr=group["lr"], weight_decay=group["weight_decay"])
+            check_lr(group["lr"])
+            check_nonnegative(weight_decay=group["weight_decay"])
             check_real(group["params"])
             if getattr(self, "_target_module", None) is not None:
                 _check_contains(self._target_module, group["params"])  # type: ignore[arg-type]
@@ -370,9 +374,7 @@ class SSO(Optimizer):
         state = self.state.setdefault("sso", {"step": 0})
         numbers = targets.summary(loss)
         if not all(math.isfinite(number) for number in numbers):
-            warnings.warn(
-                "SSO skipped a step: no example counts, or the loss or its gradient is not finite", RuntimeWarning
-            )
+            warn_of_skipped_step(self, "no example counts, or the loss or its gradient is not finite")
             return
         state["step"] += 1
         eta, metric = self._settings.rule.step_size(targets, loss, loss_at, lr, state)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 from torch.optim import LBFGS, Optimizer
 
+from lit_methods.optim.foundation.flat import is_dtensor, local_tensor
 from lit_methods.optim.foundation.groups import (
     check_at_least,
     check_factor,
@@ -70,7 +73,8 @@ class GaussNewton(InnerSolver):
     """Steepest descent whose step length is exact for linear networks, from one Jacobian-vector product.
 
     The length |g|² / gᵀBg is halved until Armijo's condition holds; it does at once when the network is linear. An
-    inner step costs a forward and a backward pass, and a forward pass with tangents.
+    inner step costs a forward and a backward pass, and a forward pass with tangents, or three without where the network
+    or its sharding (FSDP2) lacks forward-mode derivatives.
 
     Args:
         steps: m, number of inner steps at most, >= 1.
@@ -94,14 +98,14 @@ class GaussNewton(InnerSolver):
         self, surrogate: TargetSurrogate, steps: int, state: dict[str, Any], lasting: Optimizer | None
     ) -> InnerResult:
         """Take at most ``steps`` inner steps."""
-        step_size = state.get("inner_step_size", 1.0)  # the trial length where forward-mode derivatives are missing
+        step_size = state.get("inner_step_size", 1.0)
         value = before = surrogate.value()
         for k in range(steps):
             gradient = surrogate.gradient()
             slope = inner_product(gradient, gradient)
             if not math.sqrt(slope) > self.tol:
                 return InnerResult(before, value, k, step_size)
-            curvature = surrogate.curvature(gradient, value, slope, step_size)
+            curvature = surrogate.curvature(gradient)
             exact = slope / curvature if curvature > 0 else 2 * step_size
             found = _line_search(
                 surrogate, gradient, slope, value, exact, self.armijo_c, decay=0.5, trials=30, graph=k + 1 < steps
@@ -253,8 +257,9 @@ class StrongWolfeLBFGS(InnerSolver):
         """Take at most ``steps`` iterations."""
         kept = _detach_grads(surrogate.params)
         surrogate.remember()
+        joined = JoinedShards(surrogate.params) if any(is_dtensor(p) for p in surrogate.params) else None
         solver = LBFGS(
-            surrogate.params,
+            surrogate.params if joined is None else [joined.vector],
             max_iter=steps,
             tolerance_grad=self.tol,
             tolerance_change=0.0,
@@ -263,18 +268,72 @@ class StrongWolfeLBFGS(InnerSolver):
         values: list[float] = []
 
         def closure() -> Tensor:
+            if joined is not None:
+                joined.write()
             values.append(surrogate.value())
-            for p, g in zip(surrogate.params, surrogate.gradient(), strict=True):
-                p.grad = g
+            gradient = surrogate.gradient()
+            if joined is not None:
+                joined.vector.grad = joined.join(gradient)
+            else:
+                for p, g in zip(surrogate.params, gradient, strict=True):
+                    p.grad = g
             return torch.tensor(values[-1], dtype=torch.float64)
 
         solver.step(closure)
+        if joined is not None:
+            joined.write()
         after = surrogate.value(graph=False)
         if not after <= values[0]:
             surrogate.restore()
             after = values[0]
         _restore_grads(surrogate.params, kept)
-        return InnerResult(values[0], after, solver.state[surrogate.params[0]].get("n_iter", 0), 1.0)
+        return InnerResult(values[0], after, solver.state[solver.param_groups[0]["params"][0]].get("n_iter", 0), 1.0)
+
+
+class JoinedShards:
+    """All DTensor parameters as one vector of which every rank holds as much: torch's L-BFGS cannot join uneven shards.
+
+    Args:
+        params: sharded alike.
+
+    Attributes:
+        vector: the parameters, each rank's part padded by zeros.
+
+    Raises:
+        RuntimeError: the parameters are not sharded alike.
+    """
+
+    def __init__(self, params: list[Any]) -> None:
+        layouts = {
+            (p.device_mesh, tuple(s.is_shard() for s in p.placements)) if is_dtensor(p) else None for p in params
+        }
+        if len(layouts) != 1:
+            raise RuntimeError(
+                "StrongWolfeLBFGS needs parameters that are all sharded over the same ranks: fully_shard the root "
+                "module, or take another inner solver"
+            )
+        self._params = params
+        self._sizes = [local_tensor(p).numel() for p in params]
+        self._width = torch.tensor(sum(self._sizes), device=local_tensor(params[0]).device)
+        dist.all_reduce(self._width, dist.ReduceOp.MAX)
+        self.vector = self.join(params).requires_grad_()
+
+    def join(self, tensors: list[Any]) -> Any:
+        """Tensors shaped and placed like the parameters as one vector."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        local = torch.cat([local_tensor(x).detach().flatten() for x in tensors])
+        padded = functional.pad(local, (0, int(self._width) - len(local)))
+        first = self._params[0]
+        placements = [Shard(0) if s.is_shard() else Replicate() for s in first.placements]
+        return DTensor.from_local(padded, first.device_mesh, placements, run_check=False)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Give the parameters the vector's values."""
+        parts = local_tensor(self.vector)[: sum(self._sizes)].split(self._sizes)
+        for p, part in zip(self._params, parts, strict=True):
+            local_tensor(p).copy_(part.view_as(local_tensor(p)))
 
 
 @dataclass(frozen=True)

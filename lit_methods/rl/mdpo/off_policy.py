@@ -97,8 +97,8 @@ class OffPolicyMDPO(Agent):
         if not 1 <= tsallis_q <= 2:
             raise ValueError(f"tsallis_q must be in [1, 2], got {tsallis_q}")
         for name, weight in (("entropy_coef", entropy_coef), ("action_reg", action_reg)):
-            if not weight >= 0:
-                raise ValueError(f"{name} must be >= 0, got {weight}")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name} must be >= 0 and finite, got {weight}")
         if policy_q not in ("q1", "min"):
             raise ValueError(f"policy_q must be 'q1' or 'min', got {policy_q!r}")
         if exploration not in ("sample", "mean"):

@@ -94,8 +94,8 @@ class OnPolicyMDPO(Agent):
         ):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be >= 1, got {count}")
-        if value_clip is not None and not value_clip > 0:
-            raise ValueError(f"value_clip must be > 0 or None, got {value_clip}")
+        if value_clip is not None and not 0 < value_clip < float("inf"):
+            raise ValueError(f"value_clip must be > 0 and finite, or None, got {value_clip}")
         if step_size_schedule not in ("linear", "constant", "inverse_sqrt"):
             raise ValueError(
                 f"step_size_schedule must be 'linear', 'constant' or 'inverse_sqrt', got {step_size_schedule!r}"

@@ -11,6 +11,7 @@ from lit_methods.datamodules import (
     CIFAR100DataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
+    KMNISTDataModule,
     MNISTDataModule,
 )
 from tests.contract.cases.kinds import LOADER_ARGUMENTS, Arguments, DataModuleCase
@@ -48,6 +49,9 @@ DATAMODULES: dict[str, DataModuleCase] = {
     "lit_methods.datamodules.DigitsDataModule": DataModuleCase(
         lambda folder, **arguments: DigitsDataModule(**arguments),
         bad=[*LOADER_ARGUMENTS, ({"test_size": 1797}, "test_size=1797: must be"), _RANGE],
+    ),
+    "lit_methods.datamodules.KMNISTDataModule": DataModuleCase(
+        partial(_mnist, KMNISTDataModule), bad=[*LOADER_ARGUMENTS, _RANGE]
     ),
     "lit_methods.datamodules.FashionMNISTDataModule": DataModuleCase(
         partial(_mnist, FashionMNISTDataModule), bad=[*LOADER_ARGUMENTS, _RANGE]

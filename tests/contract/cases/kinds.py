@@ -23,6 +23,7 @@ class OptimizerCase:
     host_syncs: bool = False  # whether the docstring declares host synchronisations
     draws_noise: bool = False  # whether steps are random: devices have different streams of random numbers
     module_argument: str | None = None  # the constructor's name for the module that holds the parameters
+    may_be_infinite: frozenset[str] = frozenset()  # arguments
     not_applicable: dict[str, str] = field(default_factory=dict)
 
     def make(self, params: Any, module: nn.Module, **overrides: Any) -> Optimizer:
@@ -45,6 +46,7 @@ class ModuleCase:
     not_applicable: dict[str, str] = field(default_factory=dict)
     prepare: Callable[[Path], None] = lambda folder: None
     trainer: dict[str, Any] = field(default_factory=dict)  # what the datamodule asks of the Trainer
+    may_be_infinite: frozenset[str] = frozenset()  # arguments
 
 
 @dataclass(frozen=True)

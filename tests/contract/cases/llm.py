@@ -95,6 +95,7 @@ def _word_game(folder: Path, **arguments: Any) -> LightningDataModule:
 
 MODULES: dict[str, ModuleCase] = {
     "lit_methods.llm.NashMP": ModuleCase(
+        may_be_infinite=frozenset({"eta"}),
         config={
             "model": class_config(
                 "lit_methods.llm.NashMP",

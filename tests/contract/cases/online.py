@@ -62,6 +62,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.OptimisticOMD": OptimizerCase(
         OptimisticOMD,
         {"lr": 2.0, "delta": 0.1, "weight_decay": 1e-3},
+        host_syncs=True,
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"step_size": "sqrt"}, "step_size must be"),
@@ -78,6 +79,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.OptimisticOnlineNewton": OptimizerCase(
         OptimisticOnlineNewton,
         {"lr": 0.1, "beta": 1.0, "epsilon": 0.5},
+        host_syncs=True,
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"beta": 0.0}, "beta must be"),
@@ -91,6 +93,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.OptimisticEnsemble": OptimizerCase(
         OptimisticEnsemble,
         {"diameter": 2.0, "grad_bound": 2.0, "smoothness": 0.5, "horizon": 400},
+        host_syncs=True,
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"diameter": 0.0}, "diameter must be"),
@@ -106,6 +109,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.OptimisticFTRL": OptimizerCase(
         OptimisticFTRL,
         {"lr": 2.0, "nu": 4.0},
+        host_syncs=True,
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"nu": 0.0}, "nu must be"),
@@ -116,6 +120,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.OptimisticFTL": OptimizerCase(
         OptimisticFTL,
         {"strong_convexity": 1.0},
+        host_syncs=True,
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"strong_convexity": 0.0}, "strong_convexity must be"),
@@ -126,6 +131,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.ImplicitOMD": OptimizerCase(
         ImplicitOMD,
         {"lr": 2.0, "inner_steps": 2},
+        host_syncs=True,
         bad=[
             ({"lr": -1.0}, "lr must be"),
             ({"inner_steps": 0}, "inner_steps must be"),
@@ -135,15 +141,18 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
         closure_calls=4,
     ),
     "lit_methods.optim.OptimisticAdam": OptimizerCase(
-        OptimisticAdam, {"lr": 0.02, "weight_decay": 1e-3}, bad=[*_ADAM_ARGUMENTS]
+        OptimisticAdam, {"lr": 0.02, "weight_decay": 1e-3}, bad=[*_ADAM_ARGUMENTS], host_syncs=True
     ),
     "lit_methods.optim.ExtraGradient": OptimizerCase(
         ExtraGradient,
         {"lr": 0.1},
+        host_syncs=True,
         bad=[({"lr": -1.0}, "lr must be"), ({"weight_decay": -0.1}, "weight_decay must be")],
         closure_calls=2,
     ),
-    "lit_methods.optim.ExtraAdam": OptimizerCase(ExtraAdam, {"lr": 0.02}, bad=[*_ADAM_ARGUMENTS], closure_calls=2),
+    "lit_methods.optim.ExtraAdam": OptimizerCase(
+        ExtraAdam, {"lr": 0.02}, bad=[*_ADAM_ARGUMENTS], closure_calls=2, host_syncs=True
+    ),
 }
 
 
@@ -175,6 +184,7 @@ MODULES: dict[str, ModuleCase] = {
         bad=[],
     ),
     "lit_methods.online.OnlineLearning": ModuleCase(
+        may_be_infinite=frozenset({"radius"}),
         config={
             "model": class_config(
                 "lit_methods.online.OnlineLearning",

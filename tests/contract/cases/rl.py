@@ -108,6 +108,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"max_grad_norm": 0.0}, "max_grad_norm must be"),
         ],
         closure_calls=3,
+        host_syncs=True,
     ),
 }
 

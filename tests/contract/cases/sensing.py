@@ -30,6 +30,7 @@ OPTIMIZERS: dict[str, OptimizerCase] = {
             ({"lr": -1.0}, "lr must be"),
             ({"damping": -0.1}, "damping must be"),
         ],
+        host_syncs=True,
     ),
 }
 

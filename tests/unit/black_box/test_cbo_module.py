@@ -31,6 +31,21 @@ def test_learns_digits_from_losses() -> None:
     assert all(p.grad is None for p in module.parameters())
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_learns_in_half_precision(precision) -> None:
+    torch.manual_seed(0)
+    module = CBOModule(
+        PostNormMLP(64, [10]),
+        num_classes=10,
+        optimizer=lambda params: CBO(params, alpha=5.0, num_particles=60, batches=ParticleBatches(20)),
+    )
+    trainer = fit(module, 4, precision=precision)
+    assert trainer.callback_metrics["val/accuracy"] > 0.2  # chance is 0.1
+    assert next(module.network.parameters()).dtype.itemsize == 2
+    (optimizer,) = trainer.optimizers
+    assert next(iter(optimizer.particles.values())).dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", [AdamCBO, ConsensusBasedSampling, ConsensusHopping, MemoryCBO, PolarizedCBO])
 def test_takes_the_kin_of_cbo_and_several_runs(kind) -> None:
     torch.manual_seed(0)

@@ -33,5 +33,5 @@ def test_gradient_descent_in_the_canyon_stops_where_the_paper_says() -> None:
 
 
 def test_height_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="height must be > 0, got 0"):
+    with pytest.raises(ValueError, match="height must be > 0 and finite, got 0"):
         Rastrigin(0.0)

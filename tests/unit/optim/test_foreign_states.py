@@ -8,9 +8,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lit_methods.optim import MDPO, MFAC, ScaledGD
+from lit_methods.optim import MDPO, MFAC, ExponentiatedGradient, ScaledGD
 
 OURS: list[tuple[type[Optimizer], dict[str, Any]]] = [
+    (ExponentiatedGradient, {"lr": 0.1, "momentum": 0.9}),
     (MFAC, {"lr": 0.1, "num_grads": 2, "damping": 0.1, "momentum": 0.9}),
     (MDPO, {"lr": 0.1}),
     (ScaledGD, {"lr": 0.1, "damping": None}),

@@ -402,20 +402,25 @@ def test_inner_steps_must_see_the_same_batch():
         optimizer.step(lambda: [optimizer.proximity(p) for _ in range(1 + len(calls))] and calls.append(1))
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step():
+@pytest.mark.parametrize("factor", [math.nan, lambda p: (p - p.detach()).abs().sqrt()], ids=["loss", "gradient"])
+def test_inner_steps_end_before_one_that_is_not_finite(factor):
     p = nn.Parameter(torch.ones(()))
     optimizer, evaluations = MDPO([p], lr=0.1, inner_steps=5), []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         evaluations.append(p.detach().clone())
-        loss = p * (math.nan if len(evaluations) == 3 else 1.0)
+        loss = p * 1.0
+        if len(evaluations) == 3:
+            loss = loss + (factor(p) if callable(factor) else factor)
         loss.backward()
         return loss
 
-    with pytest.raises(RuntimeError, match="nan in inner step 2"):
+    with pytest.warns(RuntimeWarning, match="MDPO skipped a step"):
         optimizer.step(closure)
+    assert len(evaluations) == 3
     assert torch.equal(p, evaluations[-1])
+    assert optimizer.state[p]["outer_steps"] == 1
 
 
 class Bandit(LightningModule):

@@ -261,7 +261,7 @@ def test_actions_have_the_sign_of_the_actors_mean():
     torch.testing.assert_close(module.act(observations, deterministic=True)[0], expected)
 
 
-@pytest.mark.parametrize(("every", "logged"), [(3, [3, 5]), (0, [5])])
+@pytest.mark.parametrize(("every", "logged"), [(1, [1, 2, 3, 4, 5]), (3, [3, 5]), (0, [5])])
 def test_off_policy_logs_every_so_many_steps_and_at_the_end_of_an_epoch(every, logged):
     seen = []
 
@@ -280,6 +280,11 @@ def test_off_policy_logs_every_so_many_steps_and_at_the_end_of_an_epoch(every, l
 def on_policy(**arguments) -> OnPolicyMDPO:
     torch.manual_seed(0)
     return OnPolicyMDPO(GaussianPolicy(3, 1, [8]), ValueNetwork(3, [8]), 3, total_iterations=10, **arguments)
+
+
+def test_networks_of_ones_own_need_no_sizes():
+    own = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    OnPolicyMDPO(GaussianPolicy(3, 1, [8]), own, 3, total_iterations=10).configure_model()
 
 
 def unsized_on_policy(**arguments) -> OnPolicyMDPO:

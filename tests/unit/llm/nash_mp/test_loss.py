@@ -188,6 +188,25 @@ def test_a_target_counts_with_a_finite_eta_only(loss_type: Any) -> None:
         loss(None, 1.0)
 
 
+@pytest.mark.parametrize("loss_type", ["reinforce", "reinforce_to_go"])
+def test_which_kl_a_token_is_charged(loss_type: Any) -> None:
+    """Against loops over tokens: that of its whole response, or of itself and of what follows."""
+    torch.manual_seed(0)
+    logps, ref, target = (torch.randn(1, 3, 4, dtype=torch.float64) for _ in range(3))
+    pref = torch.full((1, 3, 3), 0.5, dtype=torch.float64)
+    loss, _ = nash_prox_loss(
+        logps, ref, target, pref, torch.ones(1, 3, 4, dtype=torch.bool), beta=0.2, eta=0.5, loss_type=loss_type
+    )
+    charge = 0.2 * (logps - ref)[0] + 0.2 / 0.5 * (logps - target)[0]
+    expected = 0.0
+    for i in range(3):
+        for t in range(4):
+            first = t if loss_type == "reinforce_to_go" else 0
+            others = sum(charge[j, first:].sum() for j in range(3) if j != i) / 2
+            expected += float((charge[i, first:].sum() - others) * logps[0, i, t]) / 3
+    assert float(loss) == pytest.approx(expected, rel=1e-10)
+
+
 def test_former_spelling_warns_and_means_the_same() -> None:
     torch.manual_seed(0)
     logps, ref, target = (torch.randn(2, 3, 4) for _ in range(3))

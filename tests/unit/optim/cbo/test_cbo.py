@@ -3,6 +3,7 @@ import io
 import math
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_methods.optim import CBO, ConsensusHopping, particle_losses
-from lit_methods.optim.cbo import EffectiveSampleSize, Growing, InitialCloud, ParticleBatches
-from lit_methods.optim.cbo.consensus import alpha_for_sample_size, consensus_weights
+from lit_methods.optim import CBO, ConsensusBasedSampling, ConsensusHopping, particle_losses
+from lit_methods.optim.cbo import AdamCBO, EffectiveSampleSize, Growing, InitialCloud, MemoryCBO, ParticleBatches
+from lit_methods.optim.cbo.consensus import alpha_for_sample_size, consensus_weights, weighted_mean
 
 
 def swarm(points: Tensor, **arguments) -> tuple[nn.Parameter, CBO]:
@@ -285,6 +286,20 @@ def test_hopping_width_vanishes_on_schedule() -> None:
     assert optimizer.param_groups[0]["width"] == pytest.approx(0.98**2)
 
 
+@pytest.mark.parametrize("kind", [ConsensusHopping, ConsensusBasedSampling])
+def test_two_particles_are_the_least(kind) -> None:
+    kind([nn.Parameter(torch.zeros(2))], num_particles=2)
+    with pytest.raises(ValueError, match="num_particles must be >= 2, got 1"):
+        kind([nn.Parameter(torch.zeros(2))], num_particles=1)
+
+
+def test_hopping_goes_no_further_than_the_consensus() -> None:
+    ConsensusHopping([nn.Parameter(torch.zeros(2))], lr=1.0, width_decay=1.0)
+    for bad in ({"lr": 1.1}, {"width_decay": 1.1}, {"width_decay": 0.0}, {"width_decay_every": 0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ConsensusHopping([nn.Parameter(torch.zeros(2))], **bad)
+
+
 def test_hopping_part_of_the_way() -> None:
     whole, half = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
     for x, lr in ((whole, 1.0), (half, 0.5)):
@@ -460,15 +475,150 @@ def test_losses_of_the_wrong_shape_are_refused() -> None:
             optimizer.step(wrong)
 
 
-def test_some_bad_losses_are_ignored_all_bad_ones_raise() -> None:
+def test_some_bad_losses_are_ignored_all_bad_ones_skip_the_step() -> None:
     _, optimizer = swarm(points())
     optimizer.step(lambda p: quadratic(p).where(p["x"][:, 0] > 0, math.nan))
     assert optimizer.particles["x"].isfinite().all()
-    before = optimizer.consensus()["x"].clone()
-    with pytest.raises(RuntimeError, match="no particle has a finite loss"):
+    before = optimizer.consensus()["x"].clone(), optimizer.particles["x"].clone()
+    with pytest.warns(RuntimeWarning, match="CBO skipped a step: no particle has a finite loss"):
         optimizer.step(lambda p: quadratic(p) * math.nan)
-    assert torch.equal(optimizer.consensus()["x"], before)
+    assert torch.equal(optimizer.consensus()["x"], before[0])
+    assert torch.equal(optimizer.particles["x"], before[1])
     optimizer.step(quadratic)  # the swarm is still usable
+
+
+@pytest.mark.parametrize("kind", [AdamCBO, ConsensusHopping])
+def test_a_skipped_step_is_not_counted(kind) -> None:
+    x = nn.Parameter(torch.ones(2))
+    optimizer = kind([("x", x)], num_particles=4, seed=0)
+    optimizer.step(quadratic)
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        optimizer.step(lambda p: quadratic(p) * math.nan)
+    assert optimizer.state["swarm"]["steps"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_networks_in_half_precision_are_evaluated_in_theirs(dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    x, y = torch.randn(32, 4, dtype=dtype), torch.randint(3, (32,))
+    optimizer = CBO(model, num_particles=20, alpha=20.0, seed=0)
+    losses = particle_losses(model, nn.functional.cross_entropy, (x, y))
+    found = losses(optimizer.particles)
+    assert found.dtype == torch.float32
+    for i in range(2):
+        weights = {name: p[i].to(dtype) for name, p in optimizer.particles.items()}
+        expected = nn.functional.cross_entropy(functional_call(model, weights, x).float(), y)
+        torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-3)
+    first = optimizer.step(losses)
+    assert min(optimizer.step(losses) for _ in range(30)) < first
+    assert all(p.dtype == dtype for p in model.parameters())
+
+
+@pytest.mark.parametrize("dim", [1, 20])
+def test_the_consensus_of_a_million_particles_is_exact_to_a_millionth(dim) -> None:
+    number = 10**6 + 3
+    generator = torch.Generator().manual_seed(0)
+    v, losses = torch.randn(1, number, dim, generator=generator) + 1, torch.rand(1, number, generator=generator)
+    weights = (-losses.double()).softmax(-1)
+    expected = (weights[..., None] * v).sum(1)
+    torch.testing.assert_close(weighted_mean(v, consensus_weights(losses, 1.0)).double(), expected, rtol=0.0, atol=1e-6)
+    pair = torch.cat([v, 2 * v])  # of two runs
+    torch.testing.assert_close(
+        weighted_mean(pair, consensus_weights(losses, 1.0).expand(2, -1)).double()[1:], 2 * expected, rtol=0, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("kind", [CBO, AdamCBO, MemoryCBO, ConsensusHopping])
+def test_a_parameter_frozen_between_steps_stays_and_moves_again_when_thawed(kind) -> None:
+    a, b, c = (nn.Parameter(torch.full((n,), 2.0)) for n in (2, 3, 1))
+    optimizer = kind([("a", a), ("b", b), ("c", c)], num_particles=8, alpha=0.1, seed=0)
+
+    def losses(particles: dict[str, Tensor]) -> Tensor:
+        return sum(p.square().sum(-1) for p in particles.values())
+
+    optimizer.step(losses)
+    kept = optimizer.particles["a"].clone(), optimizer.particles["c"].clone()
+    b.requires_grad_(False)
+    frozen, moved = b.clone(), c.clone()
+    assert optimizer.particles.keys() == {"a", "c"}
+    assert torch.equal(optimizer.particles["a"], kept[0])
+    assert torch.equal(optimizer.particles["c"], kept[1])
+    optimizer.step(losses)
+    assert torch.equal(b, frozen)
+    assert not torch.equal(c, moved)
+    kept = optimizer.particles["a"].clone(), optimizer.particles["c"].clone()
+    b.requires_grad_()
+    assert optimizer.particles["b"].shape == (8, 3)
+    assert torch.equal(optimizer.particles["a"], kept[0])
+    assert torch.equal(optimizer.particles["c"], kept[1])
+    torch.testing.assert_close(optimizer.consensus(), {"a": a.detach(), "b": b.detach(), "c": c.detach()})
+    for _ in range(2):
+        optimizer.step(losses)
+    assert not torch.equal(b, frozen)
+
+
+def test_the_best_loss_falls_below_zero() -> None:
+    _, optimizer = swarm(points(), alpha=0.1)
+    lowest = [optimizer.step(lambda p, k=k: quadratic(p) - 100 * k) for k in (1, 3, 2)]
+    assert lowest[1] < lowest[2] < lowest[0] < 0
+    assert float(optimizer.best_losses()) == lowest[1]
+
+
+def test_closures_of_any_kind_are_told_apart_by_their_arguments() -> None:
+    class Problem:
+        def losses(self, particles: dict[str, Tensor]) -> Tensor:
+            return quadratic(particles)
+
+        def ready(self, losses=quadratic):
+            return losses
+
+        def __call__(self, particles: dict[str, Tensor]) -> Tensor:
+            return quadratic(particles)
+
+    problem = Problem()
+    steps = [swarm(points())[1].step for _ in range(6)]
+    ways = [quadratic, problem, problem.losses, problem.ready, partial(quadratic), lambda losses=quadratic: losses]
+    assert len({step(way) for step, way in zip(steps, ways, strict=True)}) == 1
+
+
+def test_a_state_saved_before_the_first_step_starts_anew() -> None:
+    x, y = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    fresh, other = CBO([("x", x)], num_particles=4, seed=1), CBO([("x", y)], num_particles=4, seed=1)
+    other.step(quadratic)
+    other.load_state_dict(fresh.state_dict())
+    with torch.no_grad():
+        y.fill_(1.0)
+    assert fresh.step(quadratic) == other.step(quadratic)
+    assert torch.equal(x, y)
+
+
+def test_settings_of_a_group_reach_its_own_coordinates() -> None:
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    groups = [{"params": [("a", a)], "lr": 0.0}, {"params": [("b", b)]}]
+    optimizer = CBO(groups, num_particles=6, alpha=0.1, seed=0)
+    before = {name: p.clone() for name, p in optimizer.particles.items()}
+    optimizer.step(lambda particles: sum(p.square().sum(-1) for p in particles.values()))
+    assert torch.equal(optimizer.particles["a"], before["a"])
+    assert (optimizer.particles["b"] != before["b"]).all()
+    assert (a == 0).all()
+    assert (b != 0).all()
+
+
+def test_a_closure_that_raises_leaves_the_parameters_where_they_were() -> None:
+    x = nn.Parameter(torch.ones(3))
+    optimizer, calls = CBO([x], num_particles=6, seed=0), []
+
+    def closure() -> Tensor:
+        calls.append(x.detach().clone())
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return x.square().sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert not torch.equal(calls[-1], torch.ones(3))
+    assert x.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_particle_batch_without_finite_loss_keeps_the_consensus() -> None:

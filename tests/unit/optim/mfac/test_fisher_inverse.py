@@ -152,7 +152,7 @@ def test_gradients_may_be_memory_mapped(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g: FisherInverse.from_gradients(g, 0.0), "damping must be > 0, got 0"),
+        (lambda g: FisherInverse.from_gradients(g, 0.0), "damping must be > 0 and finite, got 0"),
         (lambda g: FisherInverse.from_gradients(g, 1.0, block_size=0), "block_size must be >= 1"),
         (lambda g: FisherInverse.from_gradients(g, 1.0, chunk_size=0), "chunk_size must be >= 1"),
         (lambda g: FisherInverse.from_gradients(g[0], 1.0), "grads must be a floating point"),
@@ -275,3 +275,18 @@ def test_dtype_and_iterators_go_on():
 def test_collect_gradients_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         collect_gradients(make_module(), loss_fn, batches(), **arguments)
+
+
+def test_gradients_keep_the_widest_dtype_of_the_parameters() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.ones(2))
+            self.b = nn.Parameter(torch.full((2,), 1 / 3, dtype=torch.float64))
+
+    def loss(module: Mixed, x: Tensor) -> Tensor:
+        return (module.a.double() * module.b * x).sum()
+
+    grads = collect_gradients(Mixed(), loss, [torch.ones(1, 2, dtype=torch.float64)], 1)
+    assert grads.dtype == torch.float64
+    assert torch.equal(grads[0, 2:], torch.ones(2, dtype=torch.float64))

@@ -677,13 +677,13 @@ def test_windows_wider_than_a_chunk(sizes, history_dtype):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": -1.0}, "lr must be >= 0, got -1"),
+        ({"lr": -1.0}, "lr must be >= 0 and finite, got -1"),
         ({"lr": torch.ones(2)}, "one-element tensor"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1"),
-        ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay must be >= 0 and finite, got -0.1"),
         ({"num_grads": 0}, "num_grads must be >= 1, got 0"),
-        ({"damping": 0.0}, "damping must be > 0, got 0"),
-        ({"damping": math.nan}, "damping must be > 0, got nan"),
+        ({"damping": 0.0}, "damping must be > 0 and finite, got 0"),
+        ({"damping": math.nan}, "damping must be > 0 and finite, got nan"),
         ({"history_dtype": "int8"}, "history_dtype must be None or one of"),
         ({"window_scale": "half"}, "window_scale must be 'full' or 'filled', got 'half'"),
         ({"solver": "lu"}, "solver must be 'cholesky' or 'rank2', got 'lu'"),
@@ -740,12 +740,12 @@ def test_says_once_that_it_skips():
     p = nn.Parameter(torch.ones(3))
     optimizer = MFAC([p], lr=0.1, num_grads=2, damping=0.1)
     p.grad = torch.full((3,), math.nan)
-    with pytest.warns(RuntimeWarning, match="MFAC skips steps whose gradient is not finite"):
+    with pytest.warns(RuntimeWarning, match="MFAC skipped a step: the loss or its gradient is not finite"):
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
     other = copy.deepcopy(optimizer)
     other.param_groups[0]["params"][0].grad = p.grad.clone()
-    with pytest.warns(RuntimeWarning, match="MFAC skips"):
+    with pytest.warns(RuntimeWarning, match="MFAC skipped"):
         other.step()

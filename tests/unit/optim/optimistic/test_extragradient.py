@@ -65,3 +65,23 @@ def test_misuse_is_named():
     optimizer.extrapolation()
     with pytest.raises(RuntimeError, match="called twice"):
         optimizer.extrapolation()
+
+
+@pytest.mark.parametrize("make", [ExtraGradient, ExtraAdam])
+@pytest.mark.parametrize("bad", ["look-ahead", "step"])
+def test_a_round_with_a_bad_gradient_ends_where_it_began(make, bad):
+    p = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = make([p], lr=0.1)
+
+    def play(bad=None):
+        for move, take in (("look-ahead", optimizer.extrapolation), ("step", optimizer.step)):
+            optimizer.zero_grad()
+            (p.square().sum() * (torch.nan if move == bad else 1.0)).backward()
+            take()
+
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        play(bad)
+    assert p.tolist() == [1.0, -2.0]
+    play()
+    assert p.isfinite().all()
+    assert p.detach().abs().sum() < 3

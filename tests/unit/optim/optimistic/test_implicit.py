@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from torch import nn
+from torch import Tensor, nn
 
 from lit_methods.optim import Ball, ImplicitOMD, OptimisticOMD
 from lit_methods.optim.optimistic.implicit import prox_absolute, prox_hinge
@@ -119,3 +119,30 @@ def test_variation_compares_functions_not_points():
     prox = lambda x, eta: prox_absolute(x[None], torch.ones(1).double(), 1 / 3, eta)[0]  # noqa: E731
     assert variation(lambda ps: ImplicitOMD(ps, 2.0, grad_bound=1.0), prox=prox) == 1
     assert variation(lambda ps: OptimisticOMD(ps, 2.0, grad_bound=1.0)) > 20
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3, 4])
+def test_a_round_with_a_bad_gradient_anywhere_is_as_if_it_had_never_been(bad):
+    """At the played point, in an inner step, or at the next point."""
+
+    def run(with_bad_round: bool) -> Tensor:
+        a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 2.0))
+        optimizer, calls = ImplicitOMD([a, b], lr=1.0, inner_steps=2), []
+
+        def closure(scale: float = 1.0, of: tuple[Tensor, ...] = (a, b), bad: int = 0) -> Tensor:
+            optimizer.zero_grad()
+            calls.append(1)
+            loss = scale * sum(x.square().sum() for x in of) * (torch.nan if len(calls) == bad else 1.0)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        calls.clear()
+        if with_bad_round:
+            with pytest.warns(RuntimeWarning, match="ImplicitOMD skipped a step"):
+                optimizer.step(lambda: closure(3.0, (b,), bad))
+        for _ in range(2):
+            optimizer.step(closure)
+        return torch.cat([a, b]).detach()
+
+    assert torch.equal(run(True), run(False))

@@ -74,3 +74,18 @@ def test_not_finite_gradients_change_nothing() -> None:
 def test_needs_a_closure() -> None:
     with pytest.raises(RuntimeError, match="call step"):
         ArmijoSGD([nn.Parameter(torch.ones(2))]).step()
+
+
+def test_a_trial_that_reaches_the_demanded_decrease_exactly_is_accepted() -> None:
+    """p²/2 from 1: the step 1 halves the linear decrease, which is what c = 0.5 demands."""
+    p = nn.Parameter(torch.ones(()))
+    optimizer = ArmijoSGD([p], lr=1.0, c=0.5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = 0.5 * p * p
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert p == 0

@@ -147,7 +147,7 @@ def test_curvature_is_the_gauss_newton_form(linear, divergence) -> None:
     decay = 0.3 * sum(float(d.square().sum()) for d in direction)
     expected = float((metric * jd.square()).sum().detach()) / (N * eta) + decay
     before = flat(net)
-    assert surrogate.curvature(direction, 0.0, 0.0, 1.0) == pytest.approx(expected, rel=1e-10)
+    assert surrogate.curvature(direction) == pytest.approx(expected, rel=1e-10)
     assert torch.equal(flat(net), before)
     product = surrogate.gauss_newton_product(direction)
     assert sum(float((d * b).sum()) for d, b in zip(direction, product, strict=True)) == pytest.approx(
@@ -155,14 +155,22 @@ def test_curvature_is_the_gauss_newton_form(linear, divergence) -> None:
     )
 
 
-def test_curvature_by_a_trial_value_is_exact_for_linear_networks() -> None:
-    net = make_net(linear=True)
-    surrogate, _ = surrogate_of(net, squared, 0.7, decay=[0.1, 0.2])
-    value, gradient = surrogate.value(), surrogate.gradient()
-    slope = sum(float(g.square().sum()) for g in gradient)
-    expected = surrogate.curvature(gradient, value, slope, 0.5)
+@pytest.mark.parametrize(("linear", "rel"), [(True, 1e-9), (False, 1e-7)])
+@pytest.mark.parametrize("divergence", [None, kl_divergence])
+def test_curvature_by_differences_equals_that_of_forward_mode(linear, rel, divergence) -> None:
+    net = make_net(linear=linear)
+    if divergence is not None:
+        net = nn.Sequential(net, nn.Softmax(-1))
+    decay = [0.1] * len(list(net.parameters()))
+    surrogate, _ = surrogate_of(net, squared, 0.7, divergence=divergence, decay=decay)
+    surrogate.value()
+    gradient, before = surrogate.gradient(), flat(net)
+    expected = surrogate.curvature(gradient)
     surrogate.forward_mode = False
-    assert surrogate.curvature(gradient, value, slope, 0.5) == pytest.approx(expected, rel=1e-9)
+    for factor in (1.0, 1e4, 1e-4):  # its length does not matter
+        found = surrogate.curvature([factor * g for g in gradient])
+        assert found == pytest.approx(factor**2 * expected, rel=rel)
+    assert torch.equal(flat(net), before)
 
 
 class Doubling(torch.autograd.Function):
@@ -634,3 +642,35 @@ def test_a_lasting_inner_optimizer_resumes_after_a_group_was_added() -> None:
     step(other, resumed)
     assert torch.equal(flat(other), flat(net))
     assert_same(resumed.state_dict(), optimizer.state_dict(), "state")
+
+
+@pytest.mark.parametrize("inner", ["gauss_newton", "cg", "lbfgs", "armijo", "adam"])
+def test_a_solver_reports_the_surrogate_before_and_after(inner) -> None:
+    net = make_net()
+    surrogate, _ = surrogate_of(net, squared, 0.7, decay=[0.1] * len(list(net.parameters())))
+    start, solver = surrogate.value(graph=False), inner_solver(inner)
+    result = solver.solve(surrogate, 3, {}, solver.prepare([list(net.parameters())]))
+    assert start > 0
+    assert result.before == pytest.approx(start, rel=1e-12)
+    assert result.after == pytest.approx(surrogate.value(graph=False), rel=1e-12)
+    assert result.after < result.before
+
+
+def test_conjugate_gradients_fall_back_to_a_gradient_step() -> None:
+    """Where the network curves so much that the Gauss-Newton step overshoots."""
+    w = nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
+    z, slope = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    surrogate = TargetSurrogate(lambda: [w + 100 * w**3], [w], [z], [slope], 1.0, 1.0)
+    result = inner_solver("cg").solve(surrogate, 1, {}, None)
+    assert result.before == 0
+    assert result.after == pytest.approx(surrogate.value(graph=False))
+    assert result.after < 0
+    assert float(w.detach()) == pytest.approx(-result.step_size)  # the gradient there is 1
+
+
+@pytest.mark.parametrize("rule", [Armijo, AdaGradPerExample])
+def test_bounds_may_leave_one_value(rule) -> None:
+    assert rule(bounds=(0.5, 0.5)).bounds == (0.5, 0.5)
+    for bounds in ((0.0, 0.5), (0.5, 0.4)):
+        with pytest.raises(ValueError, match="bounds"):
+            rule(bounds=bounds)
