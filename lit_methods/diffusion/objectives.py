@@ -302,8 +302,8 @@ class CTM(Objective):
 
     A jump from ``t`` to ``s`` should end where a step of the teacher to a near ``u`` in ``[s, t)`` and a jump from
     there end, compared after jumping on to the data; besides, ``g(x, t, t)`` is a denoiser. Without a teacher that
-    denoiser is the teacher: in 2000 steps on Gaussian data this found the mean but not yet the spread of the data, so choose
-    another objective where there is no teacher.
+    denoiser is the teacher: in 2000 steps on Gaussian data this found the mean but not yet the spread of the data, so
+    choose another objective where there is no teacher.
 
     Args:
         t: distribution of ``t``; it must reach the noise that samples start from, unlike that of a denoiser.
