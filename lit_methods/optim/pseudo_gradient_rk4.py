@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lit_methods.optim.foundation.closures import RepeatedClosure
-from lit_methods.optim.foundation.groups import check_gradients, check_nonnegative, check_own_state
+from lit_methods.optim.foundation.finite import gradients_are_finite, warn_of_skipped_step
+from lit_methods.optim.foundation.groups import check_gradients, check_lr, check_own_state
 
 __all__ = ["PseudoGradientRK4"]
 
@@ -21,7 +22,8 @@ class PseudoGradientRK4(Optimizer):
 
     Use it for games, with one parameter group for each player, where plain simultaneous gradients need too short a
     step: the flow is followed to fourth order. It keeps no state between steps; in a step four more copies of the
-    parameters. No host synchronisation of its own. Ranks take the same step from averaged gradients.
+    parameters. Four host synchronisations, which look for gradients that are not finite: such a step is skipped, with
+    one warning. Ranks take the same step from averaged gradients.
 
     Example:
         >>> import torch
@@ -48,7 +50,7 @@ class PseudoGradientRK4(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a player."""
-        check_nonnegative(lr=param_group.get("lr", self.defaults["lr"]))
+        check_lr(param_group.get("lr", self.defaults["lr"]))
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -73,6 +75,8 @@ class PseudoGradientRK4(Optimizer):
             What the closure returned where the step began.
         """
         if closure is None:
+            if not any(group["lr"] for group in self.param_groups):
+                return None  # how distributed checkpointing asks for states, of which there are none
             raise RuntimeError(
                 "PseudoGradientRK4 evaluates the losses four times, so that step needs a closure, which a GradScaler "
                 "(16-mixed) does not pass: use bf16-mixed, or manual optimization"
@@ -84,6 +88,11 @@ class PseudoGradientRK4(Optimizer):
         for weight, ahead in ((1.0, 0.5), (2.0, 0.5), (2.0, 1.0), (1.0, None)):
             found = self._gradients(evaluate)
             first = found if first is None else first
+            if not gradients_are_finite([p for group in self.param_groups if group["lr"] for p in group["params"]]):
+                for p, origin in origins.items():
+                    p.copy_(origin)
+                warn_of_skipped_step(self)
+                return first
             for group in self.param_groups:
                 sign = 1.0 if group["maximize"] else -1.0
                 for p in group["params"]:

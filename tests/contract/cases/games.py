@@ -13,7 +13,7 @@ _TOY = {"own": [[[1.0]], [[1.0]]], "coupling": [[None, [[10.0]]], [[[0.05]], Non
 
 OPTIMIZERS: dict[str, OptimizerCase] = {
     "lit_methods.optim.PseudoGradientRK4": OptimizerCase(
-        PseudoGradientRK4, {"lr": 0.5}, bad=[({"lr": -1.0}, "lr must be")], closure_calls=4
+        PseudoGradientRK4, {"lr": 0.5}, bad=[({"lr": -1.0}, "lr must be")], closure_calls=4, host_syncs=True
     ),
 }
 

@@ -54,5 +54,5 @@ def test_bad_arguments() -> None:
         PreferenceGame(RPS, eta=-1.0)
     with pytest.raises(ValueError, match="nash_md_eta=0"):
         PreferenceGame(RPS, nash_md_eta=0.0)
-    with pytest.raises(ValueError, match="beta=0"):
+    with pytest.raises(ValueError, match="beta must be > 0"):
         PreferenceGame(RPS, beta=0.0)

@@ -84,7 +84,7 @@ def test_natural_gradients_follow_the_certificate(tmp_path: Path) -> None:
     start = [[0.05, -0.05, 0.02, 0.0], [-0.03, 0.03, 0.0, 0.06]]
     module = GameModule(MarkovGame(), start, [[0.0] * 4] * 2, geometry="natural", optimizer=euler(1.0))
     callback = SmallGainCertification(set_lr=True)
-    trainer = play(module, 120, callback, default_root_dir=tmp_path)
+    trainer = play(module, 200, callback, default_root_dir=tmp_path)
     rate = trainer.optimizers[0].param_groups[0]["lr"]
     assert rate == pytest.approx(0.13499, abs=1e-4)
     divergence = module.game.divergence(module.blocks(), [x.detach() for x in module.players])
