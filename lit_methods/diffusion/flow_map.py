@@ -1,5 +1,6 @@
 """Networks that jump along the probability-flow ODE in one or a few steps."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,7 @@ from lit_methods.diffusion.denoiser import Denoiser
 from lit_methods.diffusion.derivatives import Method
 from lit_methods.diffusion.grids import Grid, as_grid
 from lit_methods.diffusion.module import GenerativeModule
-from lit_methods.diffusion.objectives import Learner, LogVariance, Objective, as_objective
+from lit_methods.diffusion.objectives import CTM, Learner, LogVariance, Objective, as_objective
 from lit_methods.diffusion.processes import Generators, draw_noise
 from lit_methods.diffusion.sampling import OnStep
 from lit_methods.hyperparameters import live_arguments
@@ -72,6 +73,10 @@ class FlowMap(GenerativeModule):
         self.objective = as_objective(objective)
         if teacher is not None and not self.objective.takes_teacher:
             raise ValueError(f"teacher must be None for {type(self.objective).__name__}, which learns from data only")
+        if isinstance(self.objective, CTM) and teacher is None:
+            warnings.warn(
+                "objective='ctm' without a teacher found the mean of the data but not its spread; give a teacher"
+            )
         process = self.objective.process(sigma_data)
         self.denoiser = Denoiser(
             net, process, self.objective.prediction, self.objective.precondition, sigma_data, conditioning

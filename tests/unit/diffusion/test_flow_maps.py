@@ -261,3 +261,8 @@ def test_the_schedule_moves_the_stage() -> None:
 def test_learned_variance_starts_at_zero() -> None:
     assert LogVariance()(torch.tensor([0.1, 1.5])).tolist() == [0, 0]
     assert math.isclose(TrigFlow(0.5).prior_std, 0.5)
+
+
+def test_ctm_without_a_teacher_warns() -> None:
+    with pytest.warns(UserWarning, match="'ctm' without a teacher found the mean"):
+        FlowMap(nn.Identity(), objective="ctm")
