@@ -5,6 +5,7 @@ here translate: a network that was trained there sees the numbers it knows, one 
 its embedding was built.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,8 +44,8 @@ class UNet2D(nn.Module):
 
     def __init__(self, model: Any, time_scale: float = 1000.0, time_offset: float = 0.0) -> None:
         super().__init__()
+        _check_times(time_scale, time_offset)
         self.model = _diffusers().UNet2DModel(**model) if isinstance(model, dict) else model
-        _check_scale(time_scale)
         self.time_scale = time_scale
         self.time_offset = time_offset
         self.multiple = 2 ** (len(self.model.config.block_out_channels) - 1)
@@ -77,8 +78,8 @@ class DiT(nn.Module):
 
     def __init__(self, model: Any, time_scale: float = 1000.0, time_offset: float = 0.0) -> None:
         super().__init__()
+        _check_times(time_scale, time_offset)
         self.model = _diffusers().DiTTransformer2DModel(**model) if isinstance(model, dict) else model
-        _check_scale(time_scale)
         self.time_scale = time_scale
         self.time_offset = time_offset
         for module in self.model.modules():
@@ -268,6 +269,8 @@ def _diffusers() -> Any:
     return diffusers
 
 
-def _check_scale(time_scale: float) -> None:
-    if not time_scale > 0:
-        raise ValueError(f"time_scale must be > 0, got {time_scale}")
+def _check_times(scale: float, offset: float) -> None:
+    if not 0 < scale < math.inf:
+        raise ValueError(f"time_scale must be > 0 and finite, got {scale}")
+    if not math.isfinite(offset):
+        raise ValueError(f"time_offset must be finite, got {offset}")

@@ -82,7 +82,9 @@ class RatioNormalizer(nn.Module):
         super().__init__()
         if spacing not in ("time", "log_time"):
             raise ValueError(f"spacing must be 'time' or 'log_time', got {spacing!r}")
-        if not t_min < t_max or (spacing == "log_time" and t_min <= 0):
+        if not (math.isfinite(t_min) and math.isfinite(t_max) and t_min < t_max) or (
+            spacing == "log_time" and t_min <= 0
+        ):
             raise ValueError(f"t_min and t_max must be rising, and > 0 for log_time, got {t_min} and {t_max}")
         if num_bins < 1:
             raise ValueError(f"num_bins must be >= 1, got {num_bins}")

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_methods.diffusion.naming import named
+from lit_methods.diffusion.naming import check_finite_fields, named
 from lit_methods.diffusion.processes import Process
 
 
 class Grid(ABC):
     """Chooses the times of a solver's steps."""
+
+    def __post_init__(self) -> None:
+        check_finite_fields(self)
 
     @abstractmethod
     def noisy_times(self, process: Process, steps: int) -> Tensor:
@@ -52,6 +55,7 @@ class UniformGrid(Grid):
     shift: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not self.shift > 0:
             raise ValueError(f"shift must be > 0, got {self.shift}")
 
@@ -82,6 +86,7 @@ class KarrasGrid(Grid):
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not self.rho > 0:
             raise ValueError(f"rho must be > 0, got {self.rho}")
         _check_noise(self.sigma_min, self.sigma_max)
@@ -110,6 +115,7 @@ class LambdaGrid(Grid):
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         _check_noise(self.sigma_min, self.sigma_max)
 
     def noisy_times(self, process: Process, steps: int) -> Tensor:

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from lit_methods.diffusion.denoiser import Denoiser
+from lit_methods.diffusion.naming import check_finite_fields
 from lit_methods.diffusion.predictions import combine, point_at
 
 
 class Guidance(ABC):
     """Gives the prediction that a solver follows instead of the model's own."""
+
+    def __post_init__(self) -> None:
+        check_finite_fields(self)
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, x: Tensor, t: float, cond: Any) -> Tensor:
@@ -49,6 +53,7 @@ class ClassifierFree(Guidance):
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"scale must be >= 0, got {self.scale}")
         if self.interval is not None and not self.interval[0] < self.interval[1]:
@@ -95,6 +100,7 @@ class Autoguidance(Guidance):
     scale: float = 2.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"scale must be >= 0, got {self.scale}")
 
@@ -128,6 +134,7 @@ class ClassifierGuidance(Guidance):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"scale must be >= 0, got {self.scale}")
 
@@ -167,6 +174,7 @@ class LossGuidance(Guidance):
     normalize: bool = True
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"scale must be >= 0, got {self.scale}")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_methods.diffusion.denoiser import Denoiser
 from lit_methods.diffusion.derivatives import Method, along
 from lit_methods.diffusion.diffusion import denoising_loss
-from lit_methods.diffusion.naming import named
+from lit_methods.diffusion.naming import check_finite_fields, named
 from lit_methods.diffusion.predictions import combine, point_at
 from lit_methods.diffusion.processes import EDM, FlowMatching, Process, TrigFlow, draw_noise, per_sample
 from lit_methods.diffusion.solvers import Noise
@@ -53,6 +53,9 @@ class Objective(ABC):
         learns_variance: whether the loss has a learned log-variance.
         takes_teacher: whether a teacher may be given.
     """
+
+    def __post_init__(self) -> None:
+        check_finite_fields(self)
 
     prediction: ClassVar[str]
     precondition: ClassVar[str]
@@ -107,6 +110,7 @@ class MeanFlow(Objective):
     takes_teacher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not 0 <= self.different <= 1:
             raise ValueError(f"different must be in [0, 1], got {self.different}")
         if not self.power >= 0:
@@ -185,6 +189,7 @@ class Consistency(Objective):
     precondition: ClassVar[str] = "edm"
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not self.base > 1:
             raise ValueError(f"base must be > 1, got {self.base}")
         if not 0 < self.closest < 1:
@@ -248,6 +253,7 @@ class SCM(Objective):
     learns_variance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if self.warmup < 0:
             raise ValueError(f"warmup must be >= 0, got {self.warmup}")
         if not self.offset > 0:
@@ -325,6 +331,7 @@ class CTM(Objective):
     two_times: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not self.ratio > 1:
             raise ValueError(f"ratio must be > 1, got {self.ratio}")
         if not self.denoising > 0:

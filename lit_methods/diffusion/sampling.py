@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_methods.diffusion.denoiser import Denoiser
 from lit_methods.diffusion.grids import Grid, as_grid, check_path
 from lit_methods.diffusion.guidance import ClassifierFree, Guidance
+from lit_methods.diffusion.naming import check_finite_fields
 from lit_methods.diffusion.processes import Generators, Process, as_process, draw_noise
 from lit_methods.diffusion.solvers import Solver, as_solver, nodes
 
@@ -36,6 +37,7 @@ class Sampling:
     guidance: float | Guidance = 1.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         as_solver(self.solver)
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")

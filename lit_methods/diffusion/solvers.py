@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_methods.diffusion.naming import named
+from lit_methods.diffusion.naming import check_finite_fields, named
 from lit_methods.diffusion.predictions import mix
 from lit_methods.diffusion.processes import Point, Process
 
@@ -51,6 +51,9 @@ def nodes(process: Process, times: Tensor) -> list[Node]:
 class Solver(ABC):
     """Moves samples along a path of a process."""
 
+    def __post_init__(self) -> None:
+        check_finite_fields(self)
+
     @abstractmethod
     def solve(self, predict: Predict, x: Tensor, path: list[Node], process: Process, noise: Noise) -> Tensor:
         """Samples at the end of the path.
@@ -80,6 +83,7 @@ class DDIM(Solver):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         _check_eta(self.eta)
 
     def solve(self, predict: Predict, x: Tensor, path: list[Node], process: Process, noise: Noise) -> Tensor:
@@ -111,6 +115,7 @@ class DPMSolverPP(Solver):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if self.order not in (1, 2):
             raise ValueError(f"order must be 1 or 2, got {self.order}")
         _check_eta(self.eta)
@@ -163,6 +168,7 @@ class Heun(Solver):
     coordinates: str = "time"
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if self.coordinates not in ("time", "edm"):
             raise ValueError(f"coordinates must be 'time' or 'edm', got {self.coordinates!r}")
 
@@ -194,6 +200,7 @@ class Churn(Solver):
     s_noise: float = 1.003
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not self.churn >= 0:
             raise ValueError(f"churn must be >= 0, got {self.churn}")
         if not 0 <= self.s_min < self.s_max:

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from lit_methods.diffusion.grids import noise_range
-from lit_methods.diffusion.naming import named
+from lit_methods.diffusion.naming import check_finite_fields, named
 from lit_methods.diffusion.processes import Process
 
 
 class TimeSampler(ABC):
     """Draws training times of a process."""
+
+    def __post_init__(self) -> None:
+        check_finite_fields(self)
 
     @abstractmethod
     def quantile(self, u: Tensor, process: Process) -> Tensor:
@@ -74,6 +77,7 @@ class LognormalSigma(TimeSampler):
     std: float = 1.2
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         _check_std(self.std)
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
@@ -97,6 +101,7 @@ class LogitNormal(TimeSampler):
     std: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         _check_std(self.std)
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
@@ -120,6 +125,7 @@ class ShiftedTimes(TimeSampler):
     times: TimeSampler = field(default_factory=UniformTimes)
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not self.shift > 0:
             raise ValueError(f"shift must be > 0, got {self.shift}")
 
@@ -169,6 +175,7 @@ class KarrasTimes(TimeSampler):
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if self.steps < 2:
             raise ValueError(f"steps must be >= 2, got {self.steps}")
         if not self.rho > 0:
@@ -200,6 +207,7 @@ class DiscreteTimes(TimeSampler):
     steps: int = 1000
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
 

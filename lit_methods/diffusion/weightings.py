@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lit_methods.diffusion.naming import named
+from lit_methods.diffusion.naming import check_finite_fields, named
 from lit_methods.diffusion.predictions import check_prediction, determinant
 from lit_methods.diffusion.processes import Point, Process
 
@@ -24,6 +24,9 @@ class Weighting(ABC):
     Attributes:
         space: the prediction whose error it weighs; ``None``: whatever the network predicts.
     """
+
+    def __post_init__(self) -> None:
+        check_finite_fields(self)
 
     space: ClassVar[str | None]
 
@@ -93,6 +96,7 @@ class MinSNR(Weighting):
     space: ClassVar[str | None] = "epsilon"
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not self.gamma > 0:
             raise ValueError(f"gamma must be > 0, got {self.gamma}")
 
@@ -160,6 +164,7 @@ class P2(Weighting):
     space: ClassVar[str | None] = "epsilon"
 
     def __post_init__(self) -> None:
+        check_finite_fields(self)
         if not self.k > 0:
             raise ValueError(f"k must be > 0, got {self.k}")
         if not self.gamma >= 0:

@@ -4,6 +4,7 @@ All metrics are updated as torchmetrics' ``FrechetInceptionDistance`` is: ``upda
 ``update(samples, real=False)``. Samples of any shape are compared as vectors.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ class MMD(_TwoSamples):
 
     def __init__(self, widths: tuple[float, ...] = (0.5, 1.0, 2.0), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not widths or min(widths) <= 0:
-            raise ValueError(f"widths must be one or more numbers > 0, got {widths}")
+        if not widths or not all(0 < width < math.inf for width in widths):
+            raise ValueError(f"widths must be one or more numbers > 0 and finite, got {widths}")
         self.widths = tuple(widths)
 
     def compute(self) -> Tensor:

@@ -31,14 +31,14 @@ def step() -> None:
         for p in params:
             p.data.add_(1e-3)  # no zeros
             p.grad = 1e-6 * torch.randn_like(p)
-        compiled = ExponentiatedGradient(params, 1e-6, error_if_nonfinite=False)
+        compiled = ExponentiatedGradient(params, 1e-6, skip_nonfinite=False)
         contenders: dict[str, harness.Work] = {
             "torch AdamW (fused)": torch.optim.AdamW(params, 1e-6, fused=True).step,
             "torch AdamW": torch.optim.AdamW(params, 1e-6).step,
             "torch SGD, momentum": torch.optim.SGD(params, 1e-6, momentum=0.9).step,
             "ExponentiatedGradient": ExponentiatedGradient(params, 1e-6).step,
-            "ExponentiatedGradient, error_if_nonfinite=False": ExponentiatedGradient(
-                params, 1e-6, error_if_nonfinite=False
+            "ExponentiatedGradient, skip_nonfinite=False": ExponentiatedGradient(
+                params, 1e-6, skip_nonfinite=False
             ).step,
             "ExponentiatedGradient, torch.compile": torch.compile(compiled.step),
             "ExponentiatedGradient, momentum": ExponentiatedGradient(params, 1e-6, momentum=0.9).step,

@@ -12,23 +12,39 @@ from lit_methods.optim import MDPO
 from tests.contract.pieces import kind_of, public_objects, real_arguments
 
 REQUIRED: dict[str, dict[str, Any]] = {
+    "Autoguidance": {"weak": None},
     "Ball": {"radius": 1.0},
+    "ClassifierGuidance": {"log_prob": None},
+    "Denoiser": {"net": nn.Identity()},
+    "DiT": {"model": nn.Identity()},
     "EASE": {"histories": None, "num_items": 2},
     "EnsembleJudge": {"judges": [print, print]},
     "HTTPJudge": {"url": "http://localhost"},
+    "Labels": {"num_classes": 2},
+    "LossGuidance": {"loss": None},
     "MDPOStepSize": {"optimizer": MDPO([nn.Parameter(torch.ones(1))]), "schedule": "constant"},
+    "RatioNormalizer": {"t_min": 0.0, "t_max": 1.0},
     "RewardModelJudge": {"model": "of no matter"},
     "ScoreJudge": {"score": lambda prompt, text: 0.0},
     "SinkhornNewton": {"eta": 1.0},
     "StaticRegret": {"loss": "logistic", "dim": 2},
+    "UNet2D": {"model": nn.Identity()},
+    "Vectors": {"features": 2},
 }
-MAY_BE_INFINITE = {("Box", "low"), ("Box", "high"), ("StaticRegret", "radius")}
+MAY_BE_INFINITE = {
+    ("Box", "low"),
+    ("Box", "high"),
+    ("Denoiser", "clip_x0"),
+    ("RatioNormalizer", "clip"),
+    ("StaticRegret", "radius"),
+}
 NOT_NUMBERS = {("FunctionJudge", "function"), ("ScoreJudge", "score")}  # functions that return one
 CLASSES = [
     obj
     for path, obj in public_objects().items()
     if inspect.isclass(obj) and kind_of(obj) == "other" and not inspect.isabstract(obj)
     if path != "lit_methods.optim.FisherInverse"  # built by from_gradients, whose unit test it is
+    if path != "lit_methods.games.SmallGainCertificate"  # a result
     if path != "lit_methods.llm.VLLMSampler"  # vLLM checks its own arguments
 ]
 

@@ -38,8 +38,8 @@ def train_sharded(rank: int, kind: type[Optimizer]) -> dict[str, Tensor]:
     train(net, optimizer, slice(rank, None, 2))
     result = {name: p.full_tensor().detach() for name, p in net.named_parameters()}  # type: ignore[attr-defined]
     bad = net[2].bias.grad.to_local()  # type: ignore[index, union-attr, operator]
-    bad.fill_(torch.nan)  # rank 0 holds it, rank 1 nothing: both must refuse, or they would part
-    with pytest.raises(RuntimeError, match="is not finite"):
+    bad.fill_(torch.nan)  # rank 0 holds it, rank 1 nothing: both must skip, or they would part
+    with pytest.warns(RuntimeWarning, match="is not finite"):
         optimizer.step()
     return result
 

@@ -36,14 +36,14 @@ class Classifier(pl.LightningModule):
 class RecordingPruning(MFACPruning):
     grads: Tensor
 
-    def _prune_to(self, sparsity: float, gradients: Any, distributed: bool = False) -> None:
+    def prune_to(self, sparsity: float, gradients: Any, distributed: bool = False) -> None:
         def recorded(*args: Any) -> Tensor:
             grads = gradients(*args)
             if not hasattr(self, "grads"):
                 self.grads = grads
             return grads
 
-        super()._prune_to(sparsity, recorded, distributed)
+        super().prune_to(sparsity, recorded, distributed)
 
 
 def fit(**trainer: Any) -> dict[str, Any]:

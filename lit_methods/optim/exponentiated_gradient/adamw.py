@@ -24,7 +24,7 @@ class AdamWExponentiated(SignedOptimizer):
         >>> optimizer = AdamWExponentiated(eg_param_groups(model, gd_lr=1e-3), lr=0.05)
 
     Cost: state of 8 bytes a float32 weight (12 with ``amsgrad``), 4 more for weights of less than 32 bits. One host
-    synchronisation per group on CUDA with ``error_if_nonfinite``, none without (not yet run on CUDA). Ranks (DDP) take
+    synchronisation per group on CUDA with ``skip_nonfinite``, none without (not yet run on CUDA). Ranks (DDP) take
     the same step from averaged gradients; works elementwise on DTensors.
 
     Args:
@@ -41,11 +41,11 @@ class AdamWExponentiated(SignedOptimizer):
         algorithm: "eg", or "gd" for AdamW itself, the way to treat biases and gains in a group.
         on_zero: what to do about zeros in the parameters of an "eg" group: "warn", "raise" or "ignore".
         maximize: ascend instead of descend.
-        error_if_nonfinite: refuse gradients with NaN or infinities before anything moves.
+        skip_nonfinite: skip steps whose gradients hold NaN or infinities, with one warning.
 
     Raises:
         ValueError: an argument out of range; with ``on_zero="raise"``, a parameter that holds zeros.
-        RuntimeError: in :meth:`step`: a gradient is sparse or not finite.
+        RuntimeError: in :meth:`step`: a gradient is sparse.
     """
 
     state_names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -64,7 +64,7 @@ class AdamWExponentiated(SignedOptimizer):
         on_zero: Literal["warn", "raise", "ignore"] = "warn",
         *,
         maximize: bool = False,
-        error_if_nonfinite: bool = True,
+        skip_nonfinite: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -77,7 +77,7 @@ class AdamWExponentiated(SignedOptimizer):
             "algorithm": algorithm,
             "on_zero": on_zero,
             "maximize": maximize,
-            "error_if_nonfinite": error_if_nonfinite,
+            "skip_nonfinite": skip_nonfinite,
         }
         super().__init__(params, defaults)
 

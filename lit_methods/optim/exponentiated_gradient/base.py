@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from lit_methods.optim.foundation.finite import warn_of_skipped_step
 from lit_methods.optim.foundation.flat import is_dtensor, local_grad, local_tensor
 from lit_methods.optim.foundation.groups import (
     check_choice,
     check_gradients,
+    check_lr,
     check_nonnegative,
     check_positive,
     check_real,
@@ -36,7 +38,8 @@ class SignedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_nonnegative(lr=group["lr"], weight_decay=group["weight_decay"])
+            check_lr(group["lr"])
+            check_nonnegative(weight_decay=group["weight_decay"])
             check_real(group["params"])
             self._check_group(group)
         except ValueError:
@@ -54,7 +57,7 @@ class SignedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or not finite.
+            RuntimeError: a gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -63,8 +66,10 @@ class SignedOptimizer(Optimizer):
         moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         for group, params in zip(self.param_groups, moving, strict=True):
             check_gradients(params, type(self).__name__)
-            if group["error_if_nonfinite"]:
-                _check_finite(group, params)
+            bad = _not_finite(group, params) if group["skip_nonfinite"] else None
+            if bad is not None:
+                warn_of_skipped_step(self, f"the gradient of {bad} is not finite; lower lr or clip the gradients")
+                return loss
         for group, params in zip(self.param_groups, moving, strict=True):
             if not params:
                 continue
@@ -189,20 +194,17 @@ def mirror_step(weights: list[Tensor], steps: list[Tensor], group: dict[str, Any
         torch._foreach_add_(weights, shifts)
 
 
-def _check_finite(group: dict[str, Any], params: list[Tensor]) -> None:
-    """Refuse gradients that are not finite: an infinite one would make a weight 0, for ever."""
+def _not_finite(group: dict[str, Any], params: list[Tensor]) -> str | None:
+    """The first parameter whose gradient is not finite: an infinite one would make a weight 0, for ever."""
     if not params:
-        return
+        return None
     grads = [local_grad(p) for p in params]
     norms = torch._foreach_norm(grads)  # one pass; overflows to infinity before the gradients do, so look again
     if not _over_shards(norms, params).isfinite().all():
         bad = _over_shards([(~g.isfinite()).any() for g in grads], params)
         if bad.any():
-            label = _labelled(group, params)[int(bad.argmax())][0]
-            raise RuntimeError(
-                f"the gradient of {label} is not finite, and the step was not taken: lower lr, clip the gradients, or "
-                "set error_if_nonfinite=False"
-            )
+            return _labelled(group, params)[int(bad.argmax())][0]
+    return None
 
 
 def _labelled(group: dict[str, Any], params: list[Tensor]) -> list[tuple[str, Tensor]]:

@@ -46,7 +46,7 @@ class ExponentiatedGradient(SignedOptimizer):
     Zero is a fixed point: a weight that starts at 0, or that a step of ``lr * |g| > 104`` makes 0 in float32, is dead.
 
     Cost: state of 4 bytes a float32 weight with momentum, none without; 4 more for weights of less than 32 bits, whose
-    float32 copies are what moves. One host synchronisation per group on CUDA with ``error_if_nonfinite``, none without
+    float32 copies are what moves. One host synchronisation per group on CUDA with ``skip_nonfinite``, none without
     (not yet run on CUDA). Ranks (DDP) take the same step from averaged gradients; works elementwise on DTensors.
 
     Args:
@@ -63,11 +63,11 @@ class ExponentiatedGradient(SignedOptimizer):
         algorithm: "eg", or "gd" for SGD with the same momentum, the way to treat biases and gains in a group.
         on_zero: what to do about zeros in the parameters of an "eg" group: "warn", "raise" or "ignore".
         maximize: ascend instead of descend.
-        error_if_nonfinite: refuse gradients with NaN or infinities before anything moves.
+        skip_nonfinite: skip steps whose gradients hold NaN or infinities, with one warning.
 
     Raises:
         ValueError: an argument out of range; with ``on_zero="raise"``, a parameter that holds zeros.
-        RuntimeError: in :meth:`step`: a gradient is sparse or not finite.
+        RuntimeError: in :meth:`step`: a gradient is sparse.
     """
 
     state_names = ("momentum_buffer",)
@@ -86,7 +86,7 @@ class ExponentiatedGradient(SignedOptimizer):
         on_zero: Literal["warn", "raise", "ignore"] = "warn",
         *,
         maximize: bool = False,
-        error_if_nonfinite: bool = True,
+        skip_nonfinite: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -99,7 +99,7 @@ class ExponentiatedGradient(SignedOptimizer):
             "algorithm": algorithm,
             "on_zero": on_zero,
             "maximize": maximize,
-            "error_if_nonfinite": error_if_nonfinite,
+            "skip_nonfinite": skip_nonfinite,
         }
         super().__init__(params, defaults)
 

@@ -19,7 +19,7 @@ class SignConstrainedSGD(SignedOptimizer):
     (``freeze_gd_signs``), a step that lands exactly on zero keeps the sign too.
 
     Cost: state of 4 bytes a float32 weight with momentum, none without; 4 more for weights of less than 32 bits. One
-    host synchronisation per group on CUDA with ``error_if_nonfinite``, none without (not yet run on CUDA). Ranks (DDP)
+    host synchronisation per group on CUDA with ``skip_nonfinite``, none without (not yet run on CUDA). Ranks (DDP)
     take the same step from averaged gradients; works elementwise on DTensors.
 
     Args:
@@ -30,11 +30,11 @@ class SignConstrainedSGD(SignedOptimizer):
         nesterov: look ahead along the average; needs momentum and no dampening.
         weight_decay: L2 term, >= 0.
         maximize: ascend instead of descend.
-        error_if_nonfinite: refuse gradients with NaN or infinities before anything moves.
+        skip_nonfinite: skip steps whose gradients hold NaN or infinities, with one warning.
 
     Raises:
         ValueError: an argument out of range.
-        RuntimeError: in :meth:`step`: a gradient is sparse or not finite.
+        RuntimeError: in :meth:`step`: a gradient is sparse.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ class SignConstrainedSGD(SignedOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        error_if_nonfinite: bool = True,
+        skip_nonfinite: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -66,7 +66,7 @@ class SignConstrainedSGD(SignedOptimizer):
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "maximize": maximize,
-            "error_if_nonfinite": error_if_nonfinite,
+            "skip_nonfinite": skip_nonfinite,
         }
         super().__init__(params, defaults)
 

@@ -69,7 +69,7 @@ MODULES: dict[str, ModuleCase] = {
         config={"model": class_config("lit_methods.games.PreferenceGame", preferences=_ROCK_PAPER_SCISSORS)},
         make=lambda: PreferenceGame(_ROCK_PAPER_SCISSORS),
         forward_inputs=tuple,
-        bad=[(lambda: PreferenceGame(_ROCK_PAPER_SCISSORS, beta=0.0), "beta=0.0 must be")],
+        bad=[(lambda: PreferenceGame(_ROCK_PAPER_SCISSORS, beta=0.0), "beta must be > 0")],
         not_applicable={
             "check_compiles": "It has no forward.",
             "check_runs_through_the_cli": "A game has nothing to validate or test; its recipe runs fit.",

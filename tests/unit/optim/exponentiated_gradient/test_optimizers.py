@@ -190,20 +190,20 @@ def test_max_log_step_bounds_the_exponent_before_it_is_taken() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_gradients_that_are_not_finite_are_refused_by_name_before_anything_moves(bad: float) -> None:
+def test_steps_with_gradients_that_are_not_finite_are_skipped_by_name(bad: float) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     before = copy.deepcopy(model.state_dict())
     optimizer = ExponentiatedGradient(eg_param_groups(model))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     model[1].weight.grad[0, 1] = bad
-    with pytest.raises(RuntimeError, match=r"the gradient of 1\.weight is not finite, and the step was not taken"):
+    with pytest.warns(RuntimeWarning, match=r"skipped a step: the gradient of 1\.weight is not finite"):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     unnamed = ExponentiatedGradient(model.parameters())
-    with pytest.raises(RuntimeError, match="parameter 2 of its group"):
+    with pytest.warns(RuntimeWarning, match="parameter 2 of its group"):
         unnamed.step()
-    ExponentiatedGradient(model.parameters(), error_if_nonfinite=False).step()
+    ExponentiatedGradient(model.parameters(), skip_nonfinite=False).step()
 
 
 def test_large_finite_gradients_are_no_error() -> None:
@@ -264,20 +264,17 @@ def test_narrow_weights_resume_bit_for_bit(make) -> None:
         )
 
 
-def test_a_tensor_is_a_learning_rate() -> None:
+def test_a_tensor_is_no_learning_rate() -> None:
     for make in (ExponentiatedGradient, AdamWExponentiated, SignConstrainedSGD):
-        p, q = parameter(), parameter()
-        run(make([p], torch.tensor(0.1, dtype=torch.float64)), p, GRADS)
-        torch.testing.assert_close(run(make([q], 0.1), q, GRADS), p.detach())
-    with pytest.raises(ValueError, match="lr must be"):
-        ExponentiatedGradient([parameter()], torch.tensor(-0.1))
+        with pytest.raises(ValueError, match="lr must be a number, not a tensor"):
+            make([parameter()], torch.tensor(0.1))
 
 
 def test_compiled_steps_are_the_same() -> None:
     p, q = parameter(), parameter()
     ours, compiled = (
         ExponentiatedGradient([p], 0.5, 0.9),
-        ExponentiatedGradient([q], 0.5, 0.9, error_if_nonfinite=False),
+        ExponentiatedGradient([q], 0.5, 0.9, skip_nonfinite=False),
     )
     step = torch.compile(compiled.step, backend="eager")
     for grad in GRADS:
