@@ -54,8 +54,8 @@ class Denoiser(nn.Module):
             raise ValueError(f"precondition must be one of {list(PRECONDITIONS)}, got {precondition!r}")
         if not 0 < sigma_data < float("inf"):
             raise ValueError(f"sigma_data must be > 0, got {sigma_data}")
-        if clip_x0 is not None and not clip_x0[0] < clip_x0[1]:
-            raise ValueError(f"clip_x0 must be two rising numbers, got {clip_x0}")
+        if clip_x0 is not None and not -float("inf") < clip_x0[0] < clip_x0[1] < float("inf"):
+            raise ValueError(f"clip_x0 must be two rising, finite numbers, got {clip_x0}")
         self.net = net
         self.process = as_process(process)
         self.prediction = check_prediction("prediction", prediction)

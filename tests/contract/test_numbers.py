@@ -34,7 +34,6 @@ REQUIRED: dict[str, dict[str, Any]] = {
 MAY_BE_INFINITE = {
     ("Box", "low"),
     ("Box", "high"),
-    ("Denoiser", "clip_x0"),
     ("RatioNormalizer", "clip"),
     ("StaticRegret", "radius"),
 }

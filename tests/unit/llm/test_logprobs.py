@@ -70,7 +70,7 @@ def test_positions_start_at_the_first_real_token() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="temperature=0"):
+    with pytest.raises(ValueError, match="temperature must be > 0"):
         chunked_logprobs(torch.zeros(1, 1), Head(torch.zeros(2, 1)), torch.zeros(1).long(), temperature=0.0)
     with pytest.raises(ValueError, match="chunk_size=0"):
         chunked_logprobs(torch.zeros(1, 1), Head(torch.zeros(2, 1)), torch.zeros(1).long(), chunk_size=0)
