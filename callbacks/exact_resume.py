@@ -342,9 +342,8 @@ def check_optimizers(trainer: Trainer, kinds: list[str] | None, states: list[dic
     now = [type(optimizer).__qualname__ for optimizer in trainer.optimizers]
     if kinds and kinds != now:
         raise ValueError(f"{trainer.ckpt_path} was written with the optimizers {kinds}, the run has {now}")
-    if not states and not kinds:  # weights only, or saved outside of fit
+    if states is None or not (states or kinds):  # weights only, which Lightning refuses; saved outside of fit
         return
-    states = states or []
     if len(states) != len(now):
         raise ValueError(f"{trainer.ckpt_path} holds the states of {len(states)} optimizers, the run has {now}")
     for optimizer, state in zip(trainer.optimizers, states, strict=True):

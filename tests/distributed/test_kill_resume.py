@@ -50,7 +50,8 @@ def steps(folder: Path, rank: int) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+# The contract suite kills every module on one rank.
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_run_ends_like_the_uninterrupted_one(tmp_path, ranks):
     """The data order does not depend on the workers, so one uninterrupted run serves for both."""
     whole = tmp_path / "whole"

@@ -44,11 +44,11 @@ def test_distances_in_the_certified_norm_fall(tmp_path: Path) -> None:
             for name, values in distances.items():
                 values.append(float(trainer.callback_metrics[f"train/distance/{name}"]))
 
-    module = GameModule(QuadraticGame.toy(), START, [[0.0], [0.0]], optimizer=euler(5e-4))
-    play(module, 3000, Watch(), default_root_dir=tmp_path)
+    module = GameModule(QuadraticGame.toy(), START, [[0.0], [0.0]], optimizer=euler(5e-3))
+    play(module, 300, Watch(), default_root_dir=tmp_path)
     weighted = torch.tensor(distances["weighted"])
     assert bool((weighted.diff() < 0).all())
-    assert max(distances["euclidean"]) / distances["euclidean"][0] == pytest.approx(3.186, abs=1e-3)
+    assert max(distances["euclidean"]) / distances["euclidean"][0] == pytest.approx(3.19, abs=2e-2)
 
 
 @pytest.mark.parametrize("lr", [0.02, 0.01])

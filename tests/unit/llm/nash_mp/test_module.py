@@ -256,6 +256,7 @@ def test_resumes_to_the_bit(tmp_path: Path, lora: dict[str, Any] | None, options
     )
 
 
+@pytest.mark.slow
 def test_learns_what_the_judge_prefers(tmp_path: Path) -> None:
     for options in (
         {},
