@@ -29,6 +29,8 @@ def test_refused_where_it_never_changes_the_learning_rate(tmp_path, make) -> Non
 
 def test_works_where_lightning_steps_the_optimizer(tmp_path) -> None:
     module = SupervisedModule(MLP(64, [], 10), num_classes=10, optimizer=lambda params: MFAC(params, lr=0.1))
-    found = Tuner(trainer(tmp_path)).lr_find(module, DigitsDataModule(), update_attr=False, num_training=10)
+    found = Tuner(trainer(tmp_path)).lr_find(
+        module, DigitsDataModule(), update_attr=False, num_training=10, early_stop_threshold=None
+    )
     assert found is not None
     assert len(set(found.results["lr"])) == 10
