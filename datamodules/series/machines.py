@@ -154,6 +154,55 @@ class PrimitiveSwitchDataModule(TimeSeriesDataModule):
         )
 
 
+class SinesDataModule(TimeSeriesDataModule):
+    """Sines of one period and every phase: training phases are evenly spaced, the others lie in between by chance.
+
+    Batches are :class:`~lit_methods.batches.TimeSeriesBatch` with one number a step. Nothing is fetched.
+
+    Args:
+        period: in steps, >= 2.
+        amplitude: > 0.
+        seq_len: steps, >= 1.
+        train_size: training series, >= 1.
+        val_size: validation series, >= 0.
+        test_size: test series, >= 0.
+        batch_size: series per batch on each rank, >= 1.
+        num_workers: loader processes on each rank, >= 0.
+        pin_to_ranks: every rank keeps its series in all epochs.
+        seed: of the phases and of the order, >= 0.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        period: int = 8,
+        amplitude: float = 0.8,
+        seq_len: int = 24,
+        train_size: int = 16,
+        val_size: int = 0,
+        test_size: int = 32,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        pin_to_ranks: bool = False,
+        seed: int = 0,
+    ) -> None:
+        check_int("period", period, 2)
+        if not 0 < amplitude < math.inf:
+            raise ValueError(f"amplitude must be > 0 and finite, got {amplitude}")
+        _, *others = _check_sizes(train_size, val_size, test_size)
+        generator = torch.Generator().manual_seed(check_int("seed", seed, 0))
+        steps = torch.arange(check_int("seq_len", seq_len, 1)) / period
+        phases = [torch.arange(train_size) / train_size, *(torch.rand(size, generator=generator) for size in others)]
+        train, val, test = (
+            amplitude * torch.sin(2 * math.pi * (steps + phase[:, None]))[..., None] for phase in phases
+        )
+        super().__init__(
+            train, val if val_size else None, test if test_size else None, batch_size, num_workers, pin_to_ranks, seed
+        )
+
+
 def _check_sizes(train_size: int, val_size: int, test_size: int) -> list[int]:
     return [
         check_int("train_size", train_size, 1),

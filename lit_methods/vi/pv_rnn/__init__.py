@@ -4,5 +4,6 @@ from lit_methods.vi.pv_rnn.error_regression import ErrorRegression, WindowLoss
 from lit_methods.vi.pv_rnn.module import PVRNNModule, Recognition
 from lit_methods.vi.pv_rnn.network import PVRNN, PVRNNOutput
 from lit_methods.vi.pv_rnn.softmax_code import SoftmaxCode
+from lit_methods.vi.pv_rnn.vrnn import VRNN
 
-__all__ = ["PVRNN", "ErrorRegression", "PVRNNModule", "PVRNNOutput", "Recognition", "SoftmaxCode", "WindowLoss"]
+__all__ = ["PVRNN", "VRNN", "ErrorRegression", "PVRNNModule", "PVRNNOutput", "Recognition", "SoftmaxCode", "WindowLoss"]

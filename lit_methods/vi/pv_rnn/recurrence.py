@@ -40,7 +40,7 @@ class Recurrence(torch.autograd.Function):
         h = state.new_empty(steps + 1, batch, width)
         d = torch.empty_like(h)
         gates = state.new_empty(steps, batch, width + 4 * units)
-        z, sigma = torch.empty_like(eps), torch.empty_like(eps)
+        z, sigma = eps.new_empty(eps.shape), eps.new_empty(eps.shape)
         h[0] = state
         torch.tanh(state, out=d[0])
         heads = gates[..., width:]

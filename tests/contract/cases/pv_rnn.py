@@ -7,10 +7,24 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from lit_methods.datamodules import PrimitiveSwitchDataModule, SymbolicMarkovDataModule, TimeSeriesDataModule
+from lit_methods.callbacks import PriorRollouts
+from lit_methods.datamodules import (
+    PrimitiveSwitchDataModule,
+    SinesDataModule,
+    SymbolicMarkovDataModule,
+    TimeSeriesDataModule,
+)
 from lit_methods.vi import PVRNN, PVRNNModule
 from lit_methods.vi.pv_rnn import Recognition
-from tests.contract.cases.kinds import LOADER_ARGUMENTS, Arguments, DataModuleCase, ModuleCase, class_config
+from tests.contract.cases.kinds import (
+    LOADER_ARGUMENTS,
+    Arguments,
+    CallbackCase,
+    DataModuleCase,
+    ModuleCase,
+    RecipeCase,
+    class_config,
+)
 
 _SMALL: dict[str, Any] = {"hidden_sizes": [5, 4], "latent_sizes": [2, 1], "time_constants": [2.0, 4.0]}
 _LOADERS = [case for case in LOADER_ARGUMENTS if "val_size" not in case[0]]
@@ -96,4 +110,42 @@ DATAMODULES: dict[str, DataModuleCase] = {
             ({"repeats": 0}, "repeats=0: must be"),
         ],
     ),
+}
+
+DATAMODULES["lit_methods.datamodules.SinesDataModule"] = DataModuleCase(
+    lambda folder, **arguments: SinesDataModule(**({"train_size": 24, "val_size": 4, "batch_size": 4} | arguments)),
+    bad=[
+        *_SIZES,
+        ({"seq_len": 0}, "seq_len=0: must be"),
+        ({"period": 1}, "period=1: must be"),
+        ({"amplitude": 0.0}, "amplitude must be > 0"),
+    ],
+)
+
+CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.PriorRollouts": CallbackCase(
+        make=PriorRollouts,
+        bad=[
+            (lambda: PriorRollouts(num_rollouts=0), "num_rollouts must be >= 1"),
+            (lambda: PriorRollouts(period=0), "period must be >= 1"),
+            (lambda: PriorRollouts(burn_in=-1), "burn_in must be >= 0"),
+            (lambda: PriorRollouts(every_n_epochs=0), "every_n_epochs must be >= 1"),
+        ],
+        not_applicable={
+            name: "It refuses a module without a PV-RNN; tests/unit/vi/pv_rnn does it with one."
+            for name in (
+                "check_attaches_to_an_unrelated_module",
+                "check_works_beside_averages_of_weights",
+                "check_state_survives_a_checkpoint",
+            )
+        },
+    ),
+}
+
+_TINY = ["--trainer.max_epochs=2"]
+
+RECIPES: dict[str, RecipeCase] = {
+    "pv_rnn/meta_prior": RecipeCase(_TINY, callbacks={"PriorRollouts": {"num_rollouts": 5, "every_n_epochs": 1}}),
+    "pv_rnn/error_regression": RecipeCase([*_TINY, "--trainer.check_val_every_n_epoch=1"]),
+    "pv_rnn/primitives": RecipeCase([*_TINY, "--trainer.check_val_every_n_epoch=1"]),
 }
