@@ -305,3 +305,9 @@ def test_arrays_of_ones_own(tmp_path: Path) -> None:
         TimeSeriesDataModule(array, val=np.zeros((2, 5, 1))).setup("fit")
     with pytest.raises(FileNotFoundError):
         TimeSeriesDataModule(str(tmp_path / "none.npy")).setup("fit")
+
+
+def test_without_weight_on_the_kl_the_loss_is_the_error() -> None:
+    module, batch, eps = build(meta_prior=0.0, initial_meta_prior=0.0), batch_of(3, 0), noise(3, 0)
+    mean = module.network.posterior(module.adaptive[batch.rows], eps=eps).mean
+    torch.testing.assert_close(module.losses(batch, eps).total(), 0.5 * (mean - batch.values).square().mean(2).sum(1))
