@@ -120,8 +120,8 @@ class PVRNNModule(LightningModule):
         self.touched: set[int] = set()  # rows that the ranks' batches held since the last optimizer step
         self.errors = nn.ModuleDict({f"{s}_{name}": MeanMetric() for s in ("val", "test") for name in ("mse", "prior")})
         self.regression()  # refuses what it cannot do now, not at the first validation
-        if shard_adaptive:
-            self._ddp_params_and_buffers_to_ignore = ["adaptive"]
+        if shard_adaptive:  # under both names that torch 2.13 looks for
+            self._ddp_params_and_buffers_to_ignore = ["adaptive", ".adaptive"]
         if num_sequences is not None and seq_len is not None:
             self._make_adaptive(num_sequences, seq_len)
 
