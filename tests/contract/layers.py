@@ -7,7 +7,7 @@ from pathlib import Path
 FOUNDATION = {"lit_methods._moved", "lit_methods.batches"}
 PIECES_BELOW_FAMILIES = FOUNDATION | {"lit_methods.optim", "lit_methods.metrics", "lit_methods.nets"}
 SHARED_MODULES = {
-    f"lit_methods.{name}" for name in ("hyperparameters", "lr_find", "masking", "precision", "supervised")
+    f"lit_methods.{name}" for name in ("hyperparameters", "lr_find", "masking", "precision", "supervised", "swa")
 }
 SHARED_FAMILIES = {"lit_methods.games", "lit_methods.diffusion"}
 OPTIM_THIRD_PARTY = {"torch", "numpy", "scipy"}
