@@ -1,3 +1,10 @@
 from .ease import EASE as EASE
+from .fractional_sde import HurstCurve as HurstCurve
+from .fractional_sde import HurstFit as HurstFit
+from .fractional_sde import MarkovFBM as MarkovFBM
+from .fractional_sde import fbm_covariance as fbm_covariance
+from .fractional_sde import fit_hurst as fit_hurst
+from .fractional_sde import ou_speeds as ou_speeds
+from .fractional_sde import sample_fbm as sample_fbm
 from .mult_vae import MultDAE as MultDAE
 from .mult_vae import MultVAE as MultVAE

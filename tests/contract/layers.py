@@ -4,7 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
-FOUNDATION = {"lit_methods._moved", "lit_methods.batches"}
+FOUNDATION = {"lit_methods._moved", "lit_methods.batches", "lit_methods.fractional_noise"}
 PIECES_BELOW_FAMILIES = FOUNDATION | {"lit_methods.optim", "lit_methods.metrics", "lit_methods.nets"}
 SHARED_MODULES = {
     f"lit_methods.{name}" for name in ("hyperparameters", "lr_find", "masking", "precision", "supervised")
