@@ -15,6 +15,10 @@ from .rl import ReplayDataModule as ReplayDataModule
 from .rl import RolloutDataModule as RolloutDataModule
 from .rl import save_minari as save_minari
 from .rl import save_transitions_hdf5 as save_transitions_hdf5
+from .series import BridgeDataModule as BridgeDataModule
+from .series import FractionalPathDataModule as FractionalPathDataModule
+from .series import MovingDigitsDataModule as MovingDigitsDataModule
+from .series import StockVolatilityDataModule as StockVolatilityDataModule
 from .synthetic import DriftingDigitsDataModule as DriftingDigitsDataModule
 from .synthetic import MatrixFactorizationDataModule as MatrixFactorizationDataModule
 from .synthetic import Mixture2DDataModule as Mixture2DDataModule

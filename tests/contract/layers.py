@@ -12,8 +12,8 @@ SHARED_MODULES = {
 SHARED_FAMILIES = {"lit_methods.games", "lit_methods.diffusion"}
 OPTIM_THIRD_PARTY = {"torch", "numpy", "scipy"}
 DATAMODULE_THIRD_PARTY = {
-    "torch", "lightning", "torchdata", "numpy", "scipy", "sklearn", "h5py", "gymnasium", "minari", "tokenizers",
-    "transformers", "datasets", "pyarrow",
+    "torch", "lightning", "torchdata", "numpy", "scipy", "sklearn", "matplotlib", "h5py", "gymnasium", "minari",
+    "tokenizers", "transformers", "datasets", "pyarrow",
 }  # fmt: skip
 STANDARD_LIBRARY = sys.stdlib_module_names
 

@@ -120,7 +120,7 @@ class FractionalSDEModule(LightningModule):
     def terms(self, batch: PathBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Parts of the bound for each series, ``(batch,)``: ``nll`` and the ``kl_...`` in nats; and ``mse``."""
         path, encoding, found = self._posterior(batch, generator)
-        mean = self._decode(path.x, encoding).float()
+        mean = self._decode(path.x, encoding).to(self._wide)
         if mean.shape != batch.values.shape:
             raise ValueError(
                 f"values must have the decoder's shape {tuple(mean.shape)}, got {tuple(batch.values.shape)}"
@@ -236,6 +236,11 @@ class FractionalSDEModule(LightningModule):
         for name, value in checkpoint["fractional_sde"].items():
             setattr(self, name, value)
 
+    @property
+    def _wide(self) -> torch.dtype:
+        """The type of states and of what is summed: float32 at least."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
     def _posterior(
         self, batch: PathBatch, generator: torch.Generator | None
     ) -> tuple[SDEPath, Encoding | None, dict[str, Tensor]]:
@@ -248,7 +253,8 @@ class FractionalSDEModule(LightningModule):
             start = self._prior_start(rows, generator)
         else:
             encoding = self.encoder(batch.times, batch.values, batch.mask)
-            mean, log_variance, context = encoding.mean.float(), encoding.log_variance.float(), encoding.context
+            mean, log_variance = encoding.mean.to(self._wide), encoding.log_variance.to(self._wide)
+            context = encoding.context
             first = context[:, 0] if context.ndim == 3 else context
             eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
             start = mean + (0.5 * log_variance).exp() * eps
@@ -265,12 +271,10 @@ class FractionalSDEModule(LightningModule):
         return self.sde(start, batch.times, context, y0, generator), encoding, found
 
     def _prior_start(self, rows: int, generator: torch.Generator | None) -> Tensor:
-        like = next(self.parameters())
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         shape = (rows, self.sde.state_dim)
         if self.encoder is None:
-            return torch.full(shape, self.x0, device=like.device, dtype=dtype)
-        eps = torch.randn(shape, generator=generator, device=like.device, dtype=dtype)
+            return torch.full(shape, self.x0, device=self.device, dtype=self._wide)
+        eps = torch.randn(shape, generator=generator, device=self.device, dtype=self._wide)
         return self.prior_mean + (0.5 * self.prior_log_variance).exp() * eps
 
     def _decode(self, x: Tensor, encoding: Encoding | None) -> Tensor:

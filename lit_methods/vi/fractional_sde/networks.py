@@ -232,7 +232,7 @@ class SeriesEncoder(nn.Module):
         seen = mask[..., None]
         gaps = functional.pad(times.diff(), (1, 0)).to(values).expand(len(values), -1)[..., None]
         hidden, _ = self.rnn(torch.cat([torch.where(seen, values, 0.0), seen.to(values), gaps], -1))
-        mean, log_variance = self.start(hidden[:, 0]).float().chunk(2, -1)
+        mean, log_variance = self.start(hidden[:, 0]).chunk(2, -1)
         return Encoding(mean, log_variance, self.context(hidden), None)
 
 
