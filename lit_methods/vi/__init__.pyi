@@ -16,6 +16,7 @@ from .fractional_sde import VideoDecoder as VideoDecoder
 from .fractional_sde import VideoEncoder as VideoEncoder
 from .fractional_sde import fbm_covariance as fbm_covariance
 from .fractional_sde import fit_hurst as fit_hurst
+from .fractional_sde import linear_covariance as linear_covariance
 from .fractional_sde import ou_speeds as ou_speeds
 from .fractional_sde import sample_fbm as sample_fbm
 from .mult_vae import MultDAE as MultDAE

@@ -2,6 +2,7 @@
 
 from lit_methods.fractional_noise import fbm_covariance, sample_fbm
 from lit_methods.vi.fractional_sde.hurst import HurstFit, fit_hurst
+from lit_methods.vi.fractional_sde.linear import linear_covariance
 from lit_methods.vi.fractional_sde.markov_fbm import HurstCurve, MarkovFBM
 from lit_methods.vi.fractional_sde.module import FractionalSDEModule
 from lit_methods.vi.fractional_sde.networks import (
@@ -35,6 +36,7 @@ __all__ = [
     "VideoEncoder",
     "fbm_covariance",
     "fit_hurst",
+    "linear_covariance",
     "ou_speeds",
     "sample_fbm",
 ]

@@ -146,6 +146,10 @@ class FractionalSDEModule(LightningModule):
             raise ValueError(f"n must be >= 1, got {n}")
         return self.sde.sample_prior(self._prior_start(n, generator), times, generator=generator).x
 
+    def posterior_states(self, batch: PathBatch, generator: torch.Generator | None = None) -> Tensor:
+        """States along one path of the posterior for each series, ``(batch, T, state_dim)``."""
+        return self._posterior(batch, generator)[0].x
+
     @torch.no_grad()
     def forecast(
         self, batch: PathBatch, times: Tensor, num_paths: int | None = None, generator: torch.Generator | None = None

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lit_methods.batches import PathBatch
+from lit_methods.callbacks import PathPosterior
 from lit_methods.datamodules import (
     BridgeDataModule,
     FractionalPathDataModule,
@@ -14,7 +15,15 @@ from lit_methods.datamodules import (
     StockVolatilityDataModule,
 )
 from lit_methods.vi import ControlMLP, FractionalSDE, FractionalSDEModule, LinearDrift, MarkovFBM, NoisePosterior
-from tests.contract.cases.kinds import LOADER_ARGUMENTS, DataModuleCase, ModuleCase, class_config
+from tests.contract.cases.kinds import (
+    LOADER_ARGUMENTS,
+    TINY,
+    CallbackCase,
+    DataModuleCase,
+    ModuleCase,
+    RecipeCase,
+    class_config,
+)
 
 _VI = "lit_methods.vi."
 
@@ -77,13 +86,13 @@ MODULES: dict[str, ModuleCase] = {
     ),
 }
 
-_BOTH = [*LOADER_ARGUMENTS[:3]]
+_LOADER = [*LOADER_ARGUMENTS[:3]]
 
 DATAMODULES: dict[str, DataModuleCase] = {
     "lit_methods.datamodules.BridgeDataModule": DataModuleCase(
         lambda folder, **arguments: BridgeDataModule(**{"batch_size": 4, "steps_per_epoch": 3} | arguments),
         bad=[
-            *_BOTH,
+            *_LOADER,
             ({"times": (2.0, 1.0)}, "times=\\(2.0, 1.0\\): must increase strictly"),
             ({"values": (0.0, 1.0)}, "values=\\(0.0, 1.0\\): must hold a finite number for each of 1 times"),
             ({"steps_per_epoch": 0}, "steps_per_epoch=0: must be"),
@@ -114,7 +123,7 @@ DATAMODULES: dict[str, DataModuleCase] = {
     ),
     "lit_methods.datamodules.StockVolatilityDataModule": DataModuleCase(
         lambda folder, **arguments: StockVolatilityDataModule(**{"batch_size": 8} | arguments),
-        bad=[*_BOTH, ({"window": 7}, "window=7: must be"), ({"stride": 0}, "stride=0: must be")],
+        bad=[*_LOADER, ({"window": 7}, "window=7: must be"), ({"stride": 0}, "stride=0: must be")],
     ),
     "lit_methods.datamodules.MovingDigitsDataModule": DataModuleCase(
         lambda folder, **arguments: MovingDigitsDataModule(
@@ -132,4 +141,30 @@ DATAMODULES: dict[str, DataModuleCase] = {
             ({"test_size": -1}, "test_size=-1: must be"),
         ],
     ),
+}
+
+
+CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.PathPosterior": CallbackCase(
+        PathPosterior,
+        bad=[
+            (partial(PathPosterior, **arguments), message)
+            for arguments, message in [
+                ({"num_paths": 1}, "num_paths must be >= 2, got 1"),
+                ({"num_prior": 0}, "num_prior must be >= 1, got 0"),
+                ({"num_times": 1}, "num_times must be >= 2, got 1"),
+            ]
+        ],
+    ),
+}
+
+_BRIDGE = [*TINY, "--data.batch_size=4", "--data.steps_per_epoch=3", "--data.eval_size=8"]
+_SIZES = ["--data.train_size=24", "--data.val_size=8", "--data.test_size=8", "--data.batch_size=8"]
+
+RECIPES: dict[str, RecipeCase] = {
+    "fractional_sde/bridge": RecipeCase([*_BRIDGE, "--model.sde.dt=0.2"]),
+    "fractional_sde/fou_bridge": RecipeCase([*_BRIDGE, "--model.sde.dt=0.2"]),
+    "fractional_sde/learn_hurst": RecipeCase([*TINY, *_SIZES, "--data.num_times=10"]),
+    "fractional_sde/rough_volatility": RecipeCase([*TINY, "--data.window=16", "--model.sde.noise.gamma_max=5"]),
+    "fractional_sde/moving_digits": RecipeCase([*TINY, *_SIZES, "--data.num_frames=4"]),
 }
