@@ -20,7 +20,7 @@ def test_dry_run(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["dry_run"]
     assert [row for row in found["rows"] if "error" in row] == []
-    assert len({row["method"] for row in found["rows"]}) == 7
+    assert len({row["method"] for row in found["rows"]}) == 8
     assert "| Nash Prox step |" in output
     assert " passed" in (tmp_path / "tests.txt").read_text().splitlines()[-1]
 

@@ -241,8 +241,16 @@ class FractionalSDE(nn.Module):
         diffusion = cast(nn.Module, self.diffusion)
         if shock is None:
             return diffusion(x, t).to(x.dtype) * db
-        # Entry d of the diffusion depends on entry d of x only, so one derivative along ones is its diagonal.
-        s, slope = torch.func.jvp(lambda state: diffusion(state, t).to(state.dtype), (x,), (torch.ones_like(x),))  # type: ignore[misc]
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if keep and x.requires_grad else x.detach().requires_grad_()
+            s = diffusion(x, t).to(x.dtype)
+            # Entry d depends on entry d of x only, so the gradient of the sum is the diagonal of derivatives.
+            slope = torch.zeros_like(x)
+            if s.requires_grad:
+                (slope,) = torch.autograd.grad(s.sum(), x, create_graph=keep, materialize_grads=True)
+        if not keep:
+            s, slope = s.detach(), slope.detach()
         return s * db + 0.5 * s * slope * shock.square()
 
     def _draw(
