@@ -108,7 +108,8 @@ def _draw(times: Tensor, paths: Tensor, prior: Tensor, data: PathBatch | None, e
     left.plot(t, mean)
     left.plot(t, paths[:3].cpu().T, color="grey", lw=0.6)
     if exact is not None:
-        left.plot(t, torch.stack([mean - 2 * exact, mean + 2 * exact], 1), "k:", lw=1, label="exact deviations")
+        left.plot(t, mean - 2 * exact, "k:", lw=1, label="with the exact deviation")
+        left.plot(t, mean + 2 * exact, "k:", lw=1)
     if data is not None:
         seen = data.mask[0].cpu()
         left.plot(data.times.cpu()[seen], data.values[0, :, 0].cpu()[seen], "r.", label="observed")

@@ -62,7 +62,8 @@ def fit_hurst(
     "exact" maximises the exact Gaussian likelihood and takes the interval from the likelihood ratio; it allows times
     that are not equally spaced, missing values and observation noise. "dfa" (detrended fluctuation analysis, Peng et
     al. 1994) and "rs" (rescaled range with the correction of Anis and Lloyd 1976) are there to compare: they are less
-    precise, and their intervals come from 100 simulated paths. The answer is the same at every call.
+    precise, and biased for short or rough paths; their intervals, from 100 simulated paths, correct the bias, so that
+    they may lie beside the estimate. The answer is the same at every call.
 
     Cost: O(n^2) time and O(n) memory for equally spaced series without missing values, else O(n^3) and O(n^2).
 

@@ -81,6 +81,7 @@ class MarkovFBM(nn.Module):
             else:
                 self.fixed = float(hurst)
         self._speeds = speeds
+        self.fastest = float(speeds[-1])
 
     @property
     def num_ou(self) -> int:
@@ -162,23 +163,26 @@ class MarkovFBM(nn.Module):
         both = decay[..., :, None] * w * (-torch.expm1(-sums * early[..., None]) / sums)
         return both.sum((-2, -1))
 
-    def transition(self, step: float) -> tuple[Tensor, Tensor]:
-        """Decay ``(K,)`` of ``Y`` over a time ``step`` and the factor ``(K, R)`` of its noise's covariance, float64."""
+    def transition(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Decay ``(n, K)`` of ``Y`` over steps of time ``(n,)``, and factors ``(n, K, K)`` of its noise, in float64."""
         speeds = self.speeds
+        steps = steps.to(speeds)[:, None]
         sums = speeds[:, None] + speeds
-        covariance = torch.where(sums > 0, -torch.expm1(-sums * step) / sums.clamp(min=1e-300), step)
-        # For a short step the noise is nearly one number; what rounding adds below eps is dropped.
+        over = steps[..., None]
+        covariance = torch.where(sums > 0, -torch.expm1(-sums * over) / sums.clamp(min=1e-300), over)
+        # For a short step the noise is nearly one number: what rounding makes of the others must not be negative.
         values, vectors = torch.linalg.eigh(covariance)
-        keep = values > values[-1] * 1e-15
-        return torch.exp(-speeds * step), vectors[:, keep] * values[keep].sqrt()
+        return torch.exp(-speeds * steps), vectors * values.clamp(min=0).sqrt()[:, None]
 
-    def sample_initial(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        """``Y(0)`` from its law, float64 ``(*shape, K)``."""
-        speeds = self.speeds
+    def sample_initial(
+        self, shape: Sequence[int], generator: torch.Generator | None = None, device: torch.device | None = None
+    ) -> Tensor:
+        """``Y(0)`` from its law, float64 ``(*shape, K)``, on ``device``; ``None``: that of the parameters."""
+        device = device or self.speeds.device
         if self.kind != "I":
-            return speeds.new_zeros(*shape, len(speeds))
-        factor = torch.linalg.cholesky(self.initial_covariance())
-        draws = torch.randn(*shape, len(speeds), dtype=torch.float64, generator=generator, device=speeds.device)
+            return torch.zeros(*shape, self.num_ou, dtype=torch.float64, device=device)
+        factor = torch.linalg.cholesky(self.initial_covariance()).to(device)
+        draws = torch.randn(*shape, self.num_ou, dtype=torch.float64, generator=generator, device=device)
         return draws @ factor.T
 
     def sample(
@@ -201,14 +205,13 @@ class MarkovFBM(nn.Module):
         y = self.sample_initial(sample_shape, generator)
         value = y.new_zeros(tuple(sample_shape))
         weights = self.weights(grid) if self.varies else self.weights().expand(len(grid), -1)
-        path, now = [], 0.0
-        for t, w in zip(grid.tolist(), weights, strict=True):
-            if t > now:
-                decay, factor = self.transition(t - now)
-                draws = torch.randn(*sample_shape, factor.shape[1], dtype=y.dtype, generator=generator, device=y.device)
-                later = decay * y + draws @ factor.T
-                value = value + (later - y) @ w
-                y, now = later, t
+        decays, factors = self.transition(torch.cat([grid[:1], grid.diff()]))
+        path = []
+        for decay, factor, w in zip(decays, factors, weights, strict=True):
+            draws = torch.randn(*sample_shape, self.num_ou, dtype=y.dtype, generator=generator, device=y.device)
+            later = decay * y + draws @ factor.T
+            value = value + (later - y) @ w
+            y = later
             path.append(value)
         return torch.stack(path, -1)
 
@@ -289,9 +292,9 @@ class MarkovFBM(nn.Module):
         covariance = torch.cat([torch.cat([start, cross[:, None]], 1), torch.cat([cross, w @ cross[:, None]])[None]])
         covariance = covariance.expand(len(mask), -1, -1)
         mean = values.new_zeros(len(values), len(w) + 1)
-        total, now = values.new_zeros(len(values)), 0.0
-        for i, t in enumerate(times.tolist()):
-            decay, factor = self.transition(t - now)
+        total = values.new_zeros(len(values))
+        decays, factors = self.transition(torch.cat([times[:1], times.diff()]))
+        for i, (decay, factor) in enumerate(zip(decays, factors, strict=True)):
             decay = torch.cat([decay, decay.new_ones(1)])
             factor = torch.cat([factor, factor.new_zeros(1, factor.shape[1])])
             mean = mean * decay
@@ -307,7 +310,6 @@ class MarkovFBM(nn.Module):
             total = total - torch.where(seen, nats, 0.0)
             mean = mean + gain * (residual / variance)[:, None]
             covariance = covariance - gain[:, :, None] * gain[:, None, :] / variance[:, None, None]
-            now = t
         return total
 
 

@@ -157,20 +157,23 @@ class FractionalSDE(nn.Module):
         generator: torch.Generator | None,
     ) -> SDEPath:
         grid, counts = check_times(times), self.step_counts(times)
-        speeds = self.noise.speeds
         self._check(x, grid, counts, context, y)
         starts, sizes, left, share = _steps(grid, counts)
         with torch.autocast(x.device.type, enabled=False):
+            factors = (
+                self.noise.transition(torch.tensor(sizes, dtype=torch.float64))[1].to(x) if self.exact_ou else sizes
+            )
             noise = [
-                self._draw(size, count, (len(x), self.state_dim), x, generator)
-                for size, count in zip(sizes, counts, strict=True)
+                self._draw(size, factor, count, x, generator)
+                for size, factor, count in zip(sizes, factors, counts, strict=True)
             ]
             if y is None:
-                y = self.noise.sample_initial((len(x), self.state_dim), generator).to(x)
+                y = self.noise.sample_initial((len(x), self.state_dim), generator, x.device).to(x)
             varies = self.noise.varies
             weights = self.noise.weights(starts.to(x.device)).to(x) if varies else self.noise.weights().to(x)[None]
             contexts = _interpolate(context, left, share)
-            constants = [self._constants(size, speeds, x) for size in sizes]
+            decays, drives = self._constants(torch.tensor(sizes, dtype=torch.float64), x)
+            constants = list(zip(decays, drives, strict=True))
         instants = starts.to(x).unbind()
         path, kl, first = [x], x.new_zeros(len(x)), 0
         for count, size, draws, constant in zip(counts, sizes, noise, constants, strict=True):
@@ -254,21 +257,23 @@ class FractionalSDE(nn.Module):
         return s * db + 0.5 * s * slope * shock.square()
 
     def _draw(
-        self, dt: float, count: int, shape: tuple[int, ...], x: Tensor, generator: torch.Generator | None
+        self, dt: float, factor: Tensor | float, count: int, x: Tensor, generator: torch.Generator | None
     ) -> Tensor:
         """Noise of ``count`` steps: of ``W``, or of ``Y`` where that is stepped exactly."""
-        if not self.exact_ou:
-            return torch.randn(count, *shape, dtype=x.dtype, device=x.device, generator=generator) * dt**0.5
-        factor = self.noise.transition(dt)[1].to(x)
-        draws = torch.randn(count, *shape, factor.shape[1], dtype=x.dtype, device=x.device, generator=generator)
-        return draws @ factor.T
+        shape: tuple[int, ...] = (count, len(x), self.state_dim)
+        if isinstance(factor, Tensor):
+            shape = (*shape, len(factor))
+        draws = torch.randn(shape, dtype=x.dtype, device=x.device, generator=generator)
+        return draws @ factor.T if isinstance(factor, Tensor) else draws * dt**0.5
 
-    def _constants(self, dt: float, speeds: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What a step leaves of ``Y``; and what a control of 1 adds to it (exact), or minus the speeds times ``dt``."""
+    def _constants(self, steps: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What steps leave of ``Y``; and what a control of 1 adds to it (exact), or minus the speeds times the step."""
+        speeds = self.noise.speeds
+        times = speeds * steps.to(speeds)[:, None]
         if not self.exact_ou:
-            return (1 - speeds * dt).to(x), (-speeds * dt).to(x)
-        drive = torch.where(speeds > 0, -torch.expm1(-speeds * dt) / speeds.clamp(min=1e-300), dt)
-        return torch.exp(-speeds * dt).to(x), drive.to(x)
+            return (1 - times).to(x), (-times).to(x)
+        drive = torch.where(speeds > 0, -torch.expm1(-times) / speeds.clamp(min=1e-300), steps.to(speeds)[:, None])
+        return torch.exp(-times).to(x), drive.to(x)
 
     def _check(self, x: Tensor, times: Tensor, counts: list[int], context: Tensor | None, y: Tensor | None) -> None:
         if x.ndim != 2 or x.shape[1] != self.state_dim:
@@ -295,7 +300,7 @@ class FractionalSDE(nn.Module):
                 stacklevel=4,
             )
         gaps = times.diff() / torch.tensor(counts) if counts else times.diff()
-        fastest = float(self.noise.speeds.max())
+        fastest = self.noise.fastest
         if not self.exact_ou and counts and fastest * gaps.max() >= 0.5:
             raise ValueError(
                 f"dt must be < {0.5 / fastest:g} for the largest speed {fastest:g}, got steps of {gaps.max():g}: "

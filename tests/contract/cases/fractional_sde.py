@@ -155,6 +155,7 @@ CALLBACKS: dict[str, CallbackCase] = {
                 ({"num_times": 1}, "num_times must be >= 2, got 1"),
             ]
         ],
+        not_applicable={"check_state_survives_a_checkpoint": "it keeps nothing from one test to the next"},
     ),
 }
 

@@ -46,7 +46,7 @@ def test_exact_is_more_precise_than_dfa_and_rescaled_range() -> None:
     for method in ("exact", "dfa", "rs"):
         fits = [fit_hurst(path, method=method) for path in paths(0.7, 200, 12)]
         errors[method] = np.sqrt(np.mean([(fit.hurst - 0.7) ** 2 for fit in fits]))
-        assert all(fit.low <= fit.hurst <= fit.high for fit in fits)
+        assert sum(fit.low < 0.7 < fit.high for fit in fits) >= 8
     assert errors["exact"] < errors["dfa"] < 0.2
     assert errors["exact"] < errors["rs"] < 0.2
 
