@@ -42,8 +42,8 @@ class FractionalSDE(nn.Module):
     by "euler" and ``exp(1 / 8)`` by "milstein".
 
     Steps: an interval between two times gets ``ceil(gap / dt)`` equal steps, so times are hit exactly. Noise is drawn
-    before the first step, by number of step. Cost per step: one call of each network, and ``O(K)`` per dimension. One
-    host synchronisation a call, to read the times.
+    before the first step, by number of step. Cost per step: one call of each network, and ``O(K)`` per dimension;
+    "milstein" also differentiates the diffusion. One host synchronisation a call, to read the times.
 
     Example:
         >>> from lit_methods.vi import ControlMLP, LinearDrift, MarkovFBM
@@ -168,7 +168,8 @@ class FractionalSDE(nn.Module):
                 for size, factor, count in zip(sizes, factors, counts, strict=True)
             ]
             if y is None:
-                y = self.noise.sample_initial((len(x), self.state_dim), generator, x.device).to(x)
+                y = self.noise.sample_initial((len(x), self.state_dim), generator, x.device)
+            y = y.to(x)
             varies = self.noise.varies
             weights = self.noise.weights(starts.to(x.device)).to(x) if varies else self.noise.weights().to(x)[None]
             contexts = _interpolate(context, left, share)
