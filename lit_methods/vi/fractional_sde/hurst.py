@@ -217,7 +217,9 @@ def _fit_exact(paths: np.ndarray, grid: np.ndarray, obs_std: float | None, drift
             return _fixed_noise_log_prob(rows, hurst, math.exp(log_scale), obs_std, drift)[0]
 
         middle = 0.5 * math.log(unit) - centre
-        search = minimize_scalar(lambda x: -given(x), bounds=(middle - 12, middle + 3), method="bounded")
+        search = minimize_scalar(
+            lambda x: -given(x), bounds=(middle - 12, middle + 3), method="bounded", options={"xatol": 1e-3}
+        )
         scale = math.exp(search.x)
         value, slope = _fixed_noise_log_prob(rows, hurst, scale, obs_std, drift)
         return value, scale, slope, obs_std
