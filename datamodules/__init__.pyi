@@ -18,7 +18,11 @@ from .rl import save_transitions_hdf5 as save_transitions_hdf5
 from .series import BridgeDataModule as BridgeDataModule
 from .series import FractionalPathDataModule as FractionalPathDataModule
 from .series import MovingDigitsDataModule as MovingDigitsDataModule
+from .series import PrimitiveSwitchDataModule as PrimitiveSwitchDataModule
+from .series import SinesDataModule as SinesDataModule
 from .series import StockVolatilityDataModule as StockVolatilityDataModule
+from .series import SymbolicMarkovDataModule as SymbolicMarkovDataModule
+from .series import TimeSeriesDataModule as TimeSeriesDataModule
 from .synthetic import DriftingDigitsDataModule as DriftingDigitsDataModule
 from .synthetic import MatrixFactorizationDataModule as MatrixFactorizationDataModule
 from .synthetic import Mixture2DDataModule as Mixture2DDataModule
