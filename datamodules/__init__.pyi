@@ -16,6 +16,7 @@ from .rl import RolloutDataModule as RolloutDataModule
 from .rl import save_minari as save_minari
 from .rl import save_transitions_hdf5 as save_transitions_hdf5
 from .synthetic import DriftingDigitsDataModule as DriftingDigitsDataModule
+from .synthetic import GaussianMixtureDataModule as GaussianMixtureDataModule
 from .synthetic import MatrixFactorizationDataModule as MatrixFactorizationDataModule
 from .synthetic import Mixture2DDataModule as Mixture2DDataModule
 from .synthetic import SEADataModule as SEADataModule

@@ -28,6 +28,10 @@ class Conditioning(nn.Module, ABC):
         """The null condition, shaped like ``cond``."""
 
     @abstractmethod
+    def nulls(self, n: int) -> Tensor:
+        """``n`` null conditions."""
+
+    @abstractmethod
     def check(self, cond: Tensor) -> None:
         """Raise the ``ValueError`` that says what is wrong with a condition."""
 
@@ -62,6 +66,10 @@ class Labels(Conditioning):
         """``num_classes`` everywhere."""
         return torch.full_like(cond, self.num_classes)
 
+    def nulls(self, n: int) -> Tensor:
+        """``num_classes``, ``n`` times."""
+        return torch.full((n,), self.num_classes)
+
     def check(self, cond: Tensor) -> None:
         """Integers in range; the range is looked at on the CPU only, where it costs no wait for a device."""
         if cond.is_floating_point() or cond.ndim != 1:
@@ -95,6 +103,10 @@ class Vectors(Conditioning):
     def null(self, cond: Tensor) -> Tensor:
         """The learned vector in every row."""
         return self.null_vector.to(cond.dtype).expand_as(cond)
+
+    def nulls(self, n: int) -> Tensor:
+        """The learned vector, ``n`` times."""
+        return self.null_vector.expand(n, -1)
 
     def check(self, cond: Tensor) -> None:
         """Floating-point vectors of the right length."""

@@ -49,6 +49,12 @@ class UNet2D(nn.Module):
         self.time_scale = time_scale
         self.time_offset = time_offset
         self.multiple = 2 ** (len(self.model.config.block_out_channels) - 1)
+        self.feature_layers = ["model.mid_block"]
+
+    @property
+    def sample_shape(self) -> list[int] | None:
+        """Channels, height and width of the network's images, if it was built for a size."""
+        return _sample_shape(self.model.config)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> Tensor:
         """A prediction shaped like ``x``, ``(batch, channels, height, width)``."""
@@ -85,6 +91,12 @@ class DiT(nn.Module):
         for module in self.model.modules():
             if hasattr(module, "dropout_prob"):
                 module.dropout_prob = 0.0
+        self.feature_layers = [f"model.transformer_blocks.{self.model.config.num_layers // 2}"]
+
+    @property
+    def sample_shape(self) -> list[int] | None:
+        """Channels, height and width of the network's samples."""
+        return _sample_shape(self.model.config)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """A prediction shaped like ``x``; the part of the output that predicts a variance is left out."""
@@ -261,12 +273,56 @@ def to_pipeline(denoiser: Denoiser, folder: str | Path) -> None:
     pipeline(unet=net.model, scheduler=scheduler).save_pretrained(folder)
 
 
+def to_one_step_pipeline(denoiser: Denoiser, folder: str | Path) -> None:
+    """Write a generator of one step as a folder that ``diffusers.DiffusionPipeline.from_pretrained`` loads.
+
+    Its samples are ``denoiser.x0(noise, t_max)``. :class:`UNet2D` models with EDM's process, prediction and
+    preconditioning, with or without labels, become a ``ConsistencyModelPipeline``, whose default is one step; others
+    what :func:`to_pipeline` makes of them, **to be called with** ``num_inference_steps=1``.
+
+    Args:
+        denoiser: the generator, such as ``FDistill.student``.
+        folder: where to write.
+
+    Raises:
+        ValueError: a network, a condition or a process for which diffusers has no pipeline.
+        ImportError: diffusers is missing.
+    """
+    diffusers = _diffusers()
+    process, net = denoiser.process, denoiser.net
+    if not (isinstance(process, EDM) and denoiser.prediction == denoiser.precondition == "edm"):
+        to_pipeline(denoiser, folder)
+        return
+    if not isinstance(net, UNet2D) or not isinstance(denoiser.conditioning, Labels | None):
+        raise ValueError(
+            "denoiser must have a UNet2D without conditioning, or with Labels, to become a pipeline, got "
+            f"{type(net).__name__} and {type(denoiser.conditioning).__name__}"
+        )
+    if (net.time_scale, net.time_offset) != (1000.0, 0.0):
+        raise ValueError(
+            "time_scale and time_offset of UNet2D must be 1000 and 0 for diffusers to call the network at the same "
+            f"times, got {net.time_scale:g} and {net.time_offset:g}"
+        )
+    # Its boundary condition is ours where the noise that it takes for clean is none.
+    scheduler = diffusers.CMStochasticIterativeScheduler(
+        sigma_min=0.0, sigma_max=process.sigma_max, sigma_data=denoiser.sigma_data, clip_denoised=False
+    )
+    diffusers.ConsistencyModelPipeline(unet=net.model, scheduler=scheduler).save_pretrained(folder)
+
+
 def _diffusers() -> Any:
     try:
         import diffusers
     except ImportError as error:
         raise ImportError('this needs diffusers: pip install "lit-methods[diffusion]"') from error
     return diffusers
+
+
+def _sample_shape(config: Any) -> list[int] | None:
+    size = config.sample_size
+    if size is None:
+        return None
+    return [config.in_channels, *(size if isinstance(size, list | tuple) else (size, size))]
 
 
 def _check_times(scale: float, offset: float) -> None:
