@@ -144,7 +144,7 @@ class FDistill(LightningModule):
         critics: Critics | None = None,
         grad_norm: Literal["dmd", "none"] = "dmd",
         grad_clip: float | None = 10.0,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.01),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
         critic_optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
