@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
 
     def __init__(
         self,
-        net: Callable[..., Tensor],
+        net: nn.Module | Callable[..., Tensor],
         process: str | Process = "fm",
         prediction: str = "flow",
         precondition: str = "none",

@@ -23,6 +23,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "Labels": {"num_classes": 2},
     "LossGuidance": {"loss": None},
     "MDPOStepSize": {"optimizer": MDPO([nn.Parameter(torch.ones(1))]), "schedule": "constant"},
+    "PointDiscriminator": {"dim": 1},
     "RatioNormalizer": {"t_min": 0.0, "t_max": 1.0},
     "RewardModelJudge": {"model": "of no matter"},
     "ScoreJudge": {"score": lambda prompt, text: 0.0},
