@@ -1,3 +1,4 @@
+from .images import ArrayFilesDataModule as ArrayFilesDataModule
 from .images import CIFAR10DataModule as CIFAR10DataModule
 from .images import CIFAR100DataModule as CIFAR100DataModule
 from .images import DigitPointsDataModule as DigitPointsDataModule

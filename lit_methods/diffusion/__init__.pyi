@@ -1,5 +1,6 @@
 from .conditioning import Conditioning as Conditioning
 from .conditioning import Labels as Labels
+from .conditioning import Sequences as Sequences
 from .conditioning import Vectors as Vectors
 from .dale_langevin import DLS as DLS
 from .dale_langevin import UMS as UMS
@@ -15,7 +16,9 @@ from .denoiser import Denoiser as Denoiser
 from .diffusers_models import DiscreteVP as DiscreteVP
 from .diffusers_models import DiT as DiT
 from .diffusers_models import UNet2D as UNet2D
+from .diffusers_models import UNet2DCondition as UNet2DCondition
 from .diffusers_models import from_diffusers as from_diffusers
+from .diffusers_models import scaled_linear_vp as scaled_linear_vp
 from .diffusers_models import to_one_step_pipeline as to_one_step_pipeline
 from .diffusers_models import to_pipeline as to_pipeline
 from .diffusers_models import to_scheduler as to_scheduler

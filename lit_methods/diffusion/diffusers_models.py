@@ -106,6 +106,39 @@ class DiT(nn.Module):
         return out[:, : x.shape[1]]
 
 
+class UNet2DCondition(nn.Module):
+    """A ``UNet2DConditionModel`` of diffusers, as in Stable Diffusion, as ``net(x, t, sequences)``.
+
+    Args:
+        model: the network, or the arguments of ``diffusers.UNet2DConditionModel``.
+        time_scale: what times are multiplied by, > 0.
+        time_offset: what is added then; -1 for models that were trained in diffusers' steps.
+
+    Raises:
+        ValueError: an argument out of range, or no sequences.
+        ImportError: diffusers is missing.
+    """
+
+    def __init__(self, model: Any, time_scale: float = 1000.0, time_offset: float = -1.0) -> None:
+        super().__init__()
+        _check_times(time_scale, time_offset)
+        self.model = _diffusers().UNet2DConditionModel(**model) if isinstance(model, dict) else model
+        self.time_scale = time_scale
+        self.time_offset = time_offset
+        self.feature_layers = ["model.mid_block"]
+
+    @property
+    def sample_shape(self) -> list[int] | None:
+        """Channels, height and width of the network's samples, if it was built for a size."""
+        return _sample_shape(self.model.config)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """A prediction shaped like ``x``, ``(batch, channels, height, width)``."""
+        if cond is None:
+            raise ValueError("UNet2DConditionModel needs sequences: give the model a conditioning")
+        return self.model(x, t * self.time_scale + self.time_offset, encoder_hidden_states=cond.to(x.dtype)).sample
+
+
 @dataclass(frozen=True)
 class DiscreteVP(Process):
     """Variance-preserving diffusion with a table of alphas, as trained in discrete steps.
@@ -158,6 +191,25 @@ class DiscreteVP(Process):
         above = torch.searchsorted(-table, -log_alpha).clamp(1, len(table) - 1)
         share = (log_alpha - table[above - 1]) / (table[above] - table[above - 1])
         return ((above - 1 + share) / len(self.alphas_cumprod)).to(lam.dtype)
+
+
+def scaled_linear_vp(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> DiscreteVP:
+    """The process of Stable Diffusion: the roots of its betas rise linearly (diffusers' ``scaled_linear``).
+
+    Args:
+        beta_start: first beta, in (0, 1).
+        beta_end: last beta, in [``beta_start``, 1).
+        steps: number of betas, >= 1.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"beta_start and beta_end must be 0 < start <= end < 1, got {beta_start} and {beta_end}")
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    return DiscreteVP(tuple((1 - betas).cumprod(0).tolist()))
 
 
 def from_diffusers(source: Any, scheduler: Any = None) -> Denoiser:

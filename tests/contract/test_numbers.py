@@ -29,7 +29,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "ScoreJudge": {"score": lambda prompt, text: 0.0},
     "SinkhornNewton": {"eta": 1.0},
     "StaticRegret": {"loss": "logistic", "dim": 2},
+    "Sequences": {"length": 2, "features": 3},
     "UNet2D": {"model": nn.Identity()},
+    "UNet2DCondition": {"model": nn.Identity()},
     "Vectors": {"features": 2},
 }
 MAY_BE_INFINITE = {

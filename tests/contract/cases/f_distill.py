@@ -1,10 +1,12 @@
 """Cases of the family: f-distill."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from lit_methods.datamodules import GaussianMixtureDataModule
+from lit_methods.datamodules import ArrayFilesDataModule, GaussianMixtureDataModule
 from lit_methods.diffusion import Denoiser, FDistill, TimeMLP
 from tests.contract.cases.kinds import (
     ADAM,
@@ -63,7 +65,22 @@ MODULES: dict[str, ModuleCase] = {
 }
 
 
+def _array_files(folder: Path, **arguments: Any) -> ArrayFilesDataModule:
+    draw = np.random.default_rng(0)
+    for split, size in (("train", 70), ("val", 33), ("test", 35)):
+        np.save(folder / f"{split}_x.npy", draw.integers(0, 256, (size, 1, 2, 2), np.uint8))
+        np.save(folder / f"{split}_y.npy", draw.integers(0, 3, size))
+    return ArrayFilesDataModule(**({"data_dir": str(folder), "batch_size": 16} | arguments))
+
+
 DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.ArrayFilesDataModule": DataModuleCase(
+        _array_files,
+        bad=[
+            *(argument for argument in LOADER_ARGUMENTS if "val_size" not in argument[0]),
+            ({"value_range": (1.0, 0.0)}, "value_range=.*: must be"),
+        ],
+    ),
     "lit_methods.datamodules.GaussianMixtureDataModule": DataModuleCase(
         lambda folder, **arguments: GaussianMixtureDataModule(
             **({"means": [[-1.0, 0.0], [1.0, 0.5]], "stds": [0.5, 1.0], "batch_size": 16} | arguments)
