@@ -14,11 +14,14 @@ from lit_methods.diffusion import (
     FDistill,
     FlowMap,
     Labels,
+    Sequences,
     TimeMLP,
     UNet2D,
+    UNet2DCondition,
     VPLinear,
     from_diffusers,
     sample,
+    scaled_linear_vp,
     to_pipeline,
     to_scheduler,
 )
@@ -220,6 +223,29 @@ def test_dit_takes_labels_and_leaves_dropping_them_to_the_conditioning() -> None
     assert denoiser.conditioning.num_classes == 10
     with pytest.raises(ValueError, match="needs labels"):
         net(x, t)
+
+
+def test_the_network_and_process_of_stable_diffusion_are_those_of_diffusers() -> None:
+    theirs = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    torch.testing.assert_close(
+        torch.tensor(scaled_linear_vp().alphas_cumprod), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7
+    )
+    config = {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 6,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    net = UNet2DCondition(config)
+    x, words = torch.randn(2, 1, 8, 8), torch.randn(2, 5, 6)
+    expected = net.model(x, torch.tensor([499.0, 99.0]), encoder_hidden_states=words).sample
+    denoiser = Denoiser(net, scaled_linear_vp(), "epsilon", conditioning=Sequences(5, 6))
+    torch.testing.assert_close(denoiser(x, torch.tensor([0.5, 0.1]), words), expected)
+    assert denoiser.features(x, 0.5, cond=words)[0].shape == (2, 16, 4, 4)
+    with pytest.raises(ValueError, match="UNet2DConditionModel needs sequences"):
+        net(x, torch.ones(2))
+    with pytest.raises(ValueError, match="beta_start and beta_end must be"):
+        scaled_linear_vp(0.5, 0.1)
 
 
 def test_second_times_reach_a_unet_and_meanflow_learns_with_it() -> None:
