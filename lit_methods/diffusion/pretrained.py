@@ -1,5 +1,6 @@
 """Trained denoisers from checkpoints of a Trainer: teachers, warm starts, weak models."""
 
+import hashlib
 import importlib
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,12 @@ def load_denoiser(checkpoint: str, denoiser: Denoiser | None = None) -> Denoiser
     loaded = kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     found: Denoiser = loaded.get_submodule(part)  # type: ignore[assignment]
     return found
+
+
+def fingerprint(denoiser: Denoiser) -> str:
+    """A hash of the weights, the process and the prediction."""
+    digest = hashlib.blake2b(f"{denoiser.process} {denoiser.prediction}".encode(), digest_size=16)
+    for name, value in denoiser.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

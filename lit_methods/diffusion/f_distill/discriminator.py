@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lit_methods.diffusion.denoiser import Denoiser
+
 
 class FeatureDiscriminator(nn.Module):
     """Small heads, each on the output of one layer of a denoiser; real against student.
@@ -47,6 +49,29 @@ class FeatureDiscriminator(nn.Module):
             raise ValueError(f"features must be as many as heads, {len(self.heads)}, got {len(features)}")
         dtype = next(self.parameters()).dtype
         return torch.cat([head(x.to(dtype)) for head, x in zip(self.heads, features, strict=True)], 1)
+
+
+def fitted_discriminator(given: nn.Module | None, trunk: Denoiser) -> nn.Module:
+    """The discriminator, or one with heads for the features of ``trunk``, where it has none yet.
+
+    Raises:
+        ValueError: the trunk's network does not tell what the heads need.
+    """
+    discriminator = FeatureDiscriminator() if given is None else given
+    if not isinstance(discriminator, FeatureDiscriminator) or len(discriminator.heads):
+        return discriminator
+    layers = trunk.feature_layers if discriminator.layers is None else discriminator.layers
+    if trunk.sample_shape is None or not layers:
+        raise ValueError(
+            "discriminator must be given, as a network of (x, t) or a FeatureDiscriminator(layers, shapes), for a "
+            f"teacher whose network has no sample_shape or feature_layers, got {type(trunk.net).__name__}"
+        )
+    device = next((p.device for p in trunk.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        null = None if trunk.conditioning is None else trunk.conditioning.nulls(1).to(device)
+        found = trunk.features(torch.zeros(1, *trunk.sample_shape, device=device), trunk.process.t_max, layers, null)
+    discriminator.build([list(x.shape[1:]) for x in found])
+    return discriminator
 
 
 def _head(shape: list[int]) -> nn.Module:

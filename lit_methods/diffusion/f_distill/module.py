@@ -7,7 +7,6 @@ moves the data before noise is added (theirs adds none); the reverse KL runs, an
 """
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, softplus
 
 from lit_methods.diffusion.denoiser import Denoiser
-from lit_methods.diffusion.f_distill.discriminator import FeatureDiscriminator
+from lit_methods.diffusion.f_distill.discriminator import FeatureDiscriminator, fitted_discriminator
 from lit_methods.diffusion.f_distill.settings import (
     Critics,
     DensityRatio,
@@ -41,6 +40,7 @@ from lit_methods.diffusion.f_distill.weights import (
     vsd_loss,
 )
 from lit_methods.diffusion.predictions import combine, convert, point_at
+from lit_methods.diffusion.pretrained import fingerprint
 from lit_methods.diffusion.processes import Generators, Process, draw_noise, per_sample
 from lit_methods.diffusion.sampling import OnStep
 from lit_methods.diffusion.streams import check_seed, stream
@@ -184,7 +184,9 @@ class FDistill(LightningModule):
         teacher.eval().requires_grad_(False)
         process = teacher.process
         self.student_times = checked_student_times(student_times, process)
-        self.discriminator = self._checked_discriminator(discriminator)
+        if gan_weight == 0 and discriminator is not None:
+            raise ValueError(f"discriminator must be None with gan_weight=0, got {type(discriminator).__name__}")
+        self.discriminator = None if gan_weight == 0 else fitted_discriminator(discriminator, self._trunk())
         self.normalizer, self._place = make_normalizer(self.ratio, process, self.time_sampler)
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
         self.seed = check_seed(seed)
@@ -341,11 +343,7 @@ class FDistill(LightningModule):
     def teacher_hash(self) -> str:
         """A hash of the teacher's weights, process and prediction."""
         if self._hash is None:
-            digest = hashlib.blake2b(f"{self.teacher.process} {self.teacher.prediction}".encode(), digest_size=16)
-            for name, value in self.teacher.state_dict().items():
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            self._hash = digest.hexdigest()
+            self._hash = fingerprint(self.teacher)
         return self._hash
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -512,28 +510,6 @@ class FDistill(LightningModule):
     def _stream(self, *place: int | str) -> torch.Generator:
         rank = 0 if self._trainer is None else self.trainer.global_rank
         return stream(self.device, self.seed, rank, *place)
-
-    def _checked_discriminator(self, given: nn.Module | None) -> nn.Module | None:
-        if self.gan_weight == 0:
-            if given is not None:
-                raise ValueError(f"discriminator must be None with gan_weight=0, got {type(given).__name__}")
-            return None
-        discriminator = FeatureDiscriminator() if given is None else given
-        if not isinstance(discriminator, FeatureDiscriminator) or len(discriminator.heads):
-            return discriminator
-        trunk, shape = self._trunk(), self.teacher.sample_shape
-        layers = trunk.feature_layers if discriminator.layers is None else discriminator.layers
-        if shape is None or not layers:
-            raise ValueError(
-                "discriminator must be given, as a network of (x, t) or a FeatureDiscriminator(layers, shapes), for a "
-                f"teacher whose network has no sample_shape or feature_layers, got {type(trunk.net).__name__}"
-            )
-        device = next((p.device for p in trunk.parameters()), torch.device("cpu"))
-        with torch.no_grad():
-            null = None if trunk.conditioning is None else trunk.conditioning.nulls(1).to(device)
-            found = trunk.features(torch.zeros(1, *shape, device=device), trunk.process.t_max, layers, null)
-        discriminator.build([list(x.shape[1:]) for x in found])
-        return discriminator
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FDistill":
         """Move the teacher along."""
