@@ -9,7 +9,6 @@ moves the data before noise is added (theirs adds none); the reverse KL runs, an
 import copy
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -241,17 +240,15 @@ class FDistill(LightningModule):
             if shape is None:
                 raise ValueError("shape must be given before the model was trained, got None")
             x_init = self.teacher.process.prior_std * draw_noise([n, *shape], generator, self.device)
-        x = x_init
-        for t, after in pairwise([*self.student_times, None]):
-            assert t is not None
+        x = clean = x_init
+        for t in self.student_times:
+            if t != self.student_times[0]:
+                point = point_at(self.teacher.process, t, x)
+                x = point.alpha * clean + point.sigma * draw_noise(x.shape, generator, x.device, x.dtype)
             clean = self.student.x0(x, t, cond)
             if on_step is not None:
                 on_step(t, x, clean)
-            if after is None:
-                return clean
-            point = point_at(self.teacher.process, after, x)
-            x = point.alpha * clean + point.sigma * draw_noise(x.shape, generator, x.device, x.dtype)
-        raise AssertionError("unreachable")
+        return clean
 
     def to_pipeline(self, folder: str | Path) -> None:
         """Write the one-step student as a folder that ``diffusers.DiffusionPipeline.from_pretrained`` loads.
