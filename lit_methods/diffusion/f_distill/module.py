@@ -461,9 +461,11 @@ class FDistill(LightningModule):
     def _start(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What the student is given, and its time: noise, or data with noise."""
         noise = draw_noise(x.shape, generator, x.device, x.dtype)
-        times = torch.tensor(self.student_times, device=x.device, dtype=_time_dtype(x))
-        if len(times) == 1:
-            return self.teacher.process.prior_std * noise, times.expand(len(x))
+        # Filled on the device, since a copy to it would wait.
+        filled = [torch.full((), t, device=x.device, dtype=_time_dtype(x)) for t in self.student_times]
+        if len(filled) == 1:
+            return self.teacher.process.prior_std * noise, filled[0].expand(len(x))
+        times = torch.stack(filled)
         index = torch.randint(len(times), x.shape[:1], generator=generator, device=x.device)
         point = self.teacher.process.at(times[index])
         alpha = torch.where(index == 0, 0.0, point.alpha)  # the first is pure noise, as samples start from

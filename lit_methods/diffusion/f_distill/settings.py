@@ -98,10 +98,12 @@ def make_normalizer(
         low, high = (float(s) for s in noise_range(process, 0.002, 80.0))
         return RatioNormalizer(low, high, spacing="log_time", **common), lambda t: (-process.lam(t)).exp()
     if ratio.spacing == "quantile":
-        edges = sampler.quantile(torch.arange(1, ratio.bins, dtype=torch.float64) / ratio.bins, process)
-        return RatioNormalizer(
-            0.0, 1.0, **common
-        ), lambda t: (torch.bucketize(t, edges.to(t), right=True) + 0.5) / ratio.bins
+        edges = sampler.quantile(torch.arange(1, ratio.bins, dtype=torch.float64) / ratio.bins, process).tolist()
+
+        def share(t: Tensor) -> Tensor:
+            return sum(((t >= edge).to(t.dtype) for edge in edges), start=torch.full_like(t, 0.5)) / ratio.bins
+
+        return RatioNormalizer(0.0, 1.0, **common), share
     return RatioNormalizer(process.t_min, process.t_max, **common), lambda t: t
 
 

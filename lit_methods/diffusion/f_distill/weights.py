@@ -129,7 +129,7 @@ def mean_logit(logits: Tensor) -> Tensor:
 def normalize_weight(weight: Tensor) -> Tensor:
     """Divide weights ``(batch,)`` by their mean over the batch and all ranks, in float32."""
     weight = weight.detach().float()
-    total, count = _over_ranks(torch.stack([weight.sum(), torch.tensor(float(len(weight)), device=weight.device)]))
+    total, count = _over_ranks(torch.stack([weight.sum(), weight.new_full((), len(weight))]))
     return weight / (total / count + 1e-6)
 
 
