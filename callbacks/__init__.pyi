@@ -28,3 +28,4 @@ from .sso import SurrogateMonitor as SurrogateMonitor
 from .sso import TargetCapture as TargetCapture
 from .submodule_ema import SubmoduleEMA as SubmoduleEMA
 from .transport import TransportTable as TransportTable
+from .vi import PriorRollouts as PriorRollouts
