@@ -1,3 +1,4 @@
+from .images import ArrayFilesDataModule as ArrayFilesDataModule
 from .images import CIFAR10DataModule as CIFAR10DataModule
 from .images import CIFAR100DataModule as CIFAR100DataModule
 from .images import DigitPointsDataModule as DigitPointsDataModule
@@ -24,6 +25,7 @@ from .series import StockVolatilityDataModule as StockVolatilityDataModule
 from .series import SymbolicMarkovDataModule as SymbolicMarkovDataModule
 from .series import TimeSeriesDataModule as TimeSeriesDataModule
 from .synthetic import DriftingDigitsDataModule as DriftingDigitsDataModule
+from .synthetic import GaussianMixtureDataModule as GaussianMixtureDataModule
 from .synthetic import MatrixFactorizationDataModule as MatrixFactorizationDataModule
 from .synthetic import Mixture2DDataModule as Mixture2DDataModule
 from .synthetic import SEADataModule as SEADataModule

@@ -1,5 +1,6 @@
 """Data drawn from a formula."""
 
+from lit_methods.datamodules.synthetic.gaussian_mixture import GaussianMixtureDataModule
 from lit_methods.datamodules.synthetic.matrix_factorization import MatrixFactorizationDataModule
 from lit_methods.datamodules.synthetic.mixture2d import Mixture2DDataModule
 from lit_methods.datamodules.synthetic.online_streams import DriftingDigitsDataModule, SEADataModule
@@ -8,6 +9,7 @@ from lit_methods.datamodules.synthetic.sparse_teacher import SparseTeacherDataMo
 
 __all__ = [
     "DriftingDigitsDataModule",
+    "GaussianMixtureDataModule",
     "MatrixFactorizationDataModule",
     "Mixture2DDataModule",
     "SEADataModule",

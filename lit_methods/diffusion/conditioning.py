@@ -1,6 +1,7 @@
 """What a model may be told of a sample, and how it learns to do without (classifier-free guidance)."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ class Conditioning(nn.Module, ABC):
     @abstractmethod
     def null(self, cond: Tensor) -> Tensor:
         """The null condition, shaped like ``cond``."""
+
+    @abstractmethod
+    def nulls(self, n: int) -> Tensor:
+        """``n`` null conditions."""
 
     @abstractmethod
     def check(self, cond: Tensor) -> None:
@@ -62,6 +67,10 @@ class Labels(Conditioning):
         """``num_classes`` everywhere."""
         return torch.full_like(cond, self.num_classes)
 
+    def nulls(self, n: int) -> Tensor:
+        """``num_classes``, ``n`` times."""
+        return torch.full((n,), self.num_classes)
+
     def check(self, cond: Tensor) -> None:
         """Integers in range; the range is looked at on the CPU only, where it costs no wait for a device."""
         if cond.is_floating_point() or cond.ndim != 1:
@@ -96,6 +105,10 @@ class Vectors(Conditioning):
         """The learned vector in every row."""
         return self.null_vector.to(cond.dtype).expand_as(cond)
 
+    def nulls(self, n: int) -> Tensor:
+        """The learned vector, ``n`` times."""
+        return self.null_vector.expand(n, -1)
+
     def check(self, cond: Tensor) -> None:
         """Floating-point vectors of the right length."""
         if not cond.is_floating_point() or cond.ndim != 2 or cond.shape[1] != len(self.null_vector):
@@ -103,3 +116,48 @@ class Vectors(Conditioning):
                 f"cond must be floating-point vectors (batch, {len(self.null_vector)}), got {cond.dtype} "
                 f"{tuple(cond.shape)}"
             )
+
+
+class Sequences(Conditioning):
+    """Sequences of vectors, ``(batch, length, features)``, such as the embedded words of a prompt.
+
+    Args:
+        length: vectors in a sequence, >= 1.
+        features: numbers in a vector, >= 1.
+        null_file: file of the null sequence, a tensor ``(length, features)`` that ``torch.save`` wrote, such as the
+            embedding of the empty prompt; ``None``: zeros.
+        dropout: probability of the null sequence in training, in [0, 1).
+
+    Raises:
+        ValueError: an argument out of range, or a null sequence of another shape.
+        FileNotFoundError: there is no such file.
+    """
+
+    null_sequence: Tensor
+
+    def __init__(self, length: int, features: int, null_file: str | None = None, dropout: float = 0.1) -> None:
+        super().__init__(dropout)
+        if min(length, features) < 1:
+            raise ValueError(f"length and features must be >= 1, got {length} and {features}")
+        if null_file is not None and not Path(null_file).is_file():
+            raise FileNotFoundError(
+                f"null_file must be a file with a tensor ({length}, {features}); there is no {null_file}"
+            )
+        value = torch.zeros(length, features) if null_file is None else torch.load(null_file, weights_only=True).float()
+        if value.shape != (length, features):
+            raise ValueError(f"null_file must hold a tensor ({length}, {features}), got {tuple(value.shape)}")
+        self.register_buffer("null_sequence", value)
+
+    def null(self, cond: Tensor) -> Tensor:
+        """The null sequence in every row."""
+        return self.null_sequence.to(cond.dtype).expand_as(cond)
+
+    def nulls(self, n: int) -> Tensor:
+        """The null sequence, ``n`` times."""
+        return self.null_sequence.expand(n, -1, -1)
+
+    def check(self, cond: Tensor) -> None:
+        """Floating-point sequences of the right length."""
+        if not cond.is_floating_point() or cond.shape[1:] != self.null_sequence.shape:
+            wanted = ", ".join(map(str, self.null_sequence.shape))
+            raise ValueError(f"cond must be floating-point (batch, {wanted}), got {cond.dtype} {tuple(cond.shape)}")

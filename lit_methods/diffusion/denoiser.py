@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
 
     def __init__(
         self,
-        net: Callable[..., Tensor],
+        net: nn.Module | Callable[..., Tensor],
         process: str | Process = "fm",
         prediction: str = "flow",
         precondition: str = "none",
@@ -128,26 +128,62 @@ class Denoiser(nn.Module):
         x0 = clean(out, x, self.prediction, point or point_at(self.process, t, x), self.sigma_data)
         return x0 if self.clip_x0 is None else x0.clamp(*self.clip_x0)
 
-    def features(self, x: Tensor, t: Tensor | float, layers: Sequence[str], cond: Any = None) -> list[Tensor]:
+    @property
+    def feature_layers(self) -> list[str]:
+        """Layers whose outputs describe a sample, as the network names them itself in ``feature_layers``."""
+        return list(getattr(self.net, "feature_layers", ()))
+
+    @property
+    def sample_shape(self) -> list[int] | None:
+        """Shape of one sample, if the network tells it in ``sample_shape``."""
+        shape = getattr(self.net, "sample_shape", None)
+        return None if shape is None else list(shape)
+
+    def features(
+        self, x: Tensor, t: Tensor | float, layers: Sequence[str] | None = None, cond: Any = None
+    ) -> list[Tensor]:
         """Outputs of named layers of the network, which runs no further than the last of them.
 
         Args:
             x: noisy samples ``(batch, ...)``.
             t: their times.
-            layers: names as in ``net.named_modules()``, in the order in which they run.
+            layers: names as in ``net.named_modules()``, in the order in which they run; ``None``: those that the
+                network itself names in ``feature_layers``, as ours and those of diffusers do.
             cond: what the network is told, if anything.
 
         Raises:
             AttributeError: the network has no such layer.
-            ValueError: a layer did not run, or an empty list.
+            ValueError: a layer did not run, an empty list, or ``None`` for a network that names none.
         """
+        return self._run_and_tap(x, t, layers, cond, whole=False)[1]
+
+    def with_features(
+        self, x: Tensor, t: Tensor | float, layers: Sequence[str] | None = None, cond: Any = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The network's own prediction and, of the same call, the outputs of layers; arguments as in :meth:`features`.
+
+        Raises:
+            AttributeError: the network has no such layer.
+            ValueError: a layer did not run, an empty list, or ``None`` for a network that names none.
+        """
+        out, found = self._run_and_tap(x, t, layers, cond, whole=True)
+        assert out is not None
+        return out, found
+
+    def _run_and_tap(
+        self, x: Tensor, t: Tensor | float, layers: Sequence[str] | None, cond: Any, whole: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        layers = self.feature_layers if layers is None else layers
         if not layers:
-            raise ValueError("layers must name at least one layer, got none")
+            raise ValueError(
+                "layers must name at least one layer, got none; None needs a network with feature_layers, and "
+                f"{type(self.net).__name__} has none"
+            )
         found: dict[str, Tensor] = {}
 
         def keep(name: str, output: Any) -> None:
             found[name] = output[0] if isinstance(output, tuple) else output
-            if len(found) == len(layers):
+            if len(found) == len(layers) and not whole:
                 raise _Enough
 
         assert isinstance(self.net, nn.Module)
@@ -155,8 +191,9 @@ class Denoiser(nn.Module):
             self.net.get_submodule(name).register_forward_hook(lambda m, i, output, name=name: keep(name, output))
             for name in layers
         ]
+        out = None
         try:
-            self(x, t, cond)
+            out = self(x, t, cond)
         except _Enough:
             pass
         finally:
@@ -164,7 +201,7 @@ class Denoiser(nn.Module):
                 hook.remove()
         if missing := [name for name in layers if name not in found]:
             raise ValueError(f"layers must name layers that run, got {missing} which did not")
-        return [found[name] for name in layers]
+        return out, [found[name] for name in layers]
 
     def under(self, process: str | Process) -> "Denoiser":
         """The same model for samples that follow another path.

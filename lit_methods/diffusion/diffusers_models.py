@@ -49,6 +49,12 @@ class UNet2D(nn.Module):
         self.time_scale = time_scale
         self.time_offset = time_offset
         self.multiple = 2 ** (len(self.model.config.block_out_channels) - 1)
+        self.feature_layers = ["model.mid_block"]
+
+    @property
+    def sample_shape(self) -> list[int] | None:
+        """Channels, height and width of the network's images, if it was built for a size."""
+        return _sample_shape(self.model.config)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> Tensor:
         """A prediction shaped like ``x``, ``(batch, channels, height, width)``."""
@@ -85,6 +91,12 @@ class DiT(nn.Module):
         for module in self.model.modules():
             if hasattr(module, "dropout_prob"):
                 module.dropout_prob = 0.0
+        self.feature_layers = [f"model.transformer_blocks.{self.model.config.num_layers // 2}"]
+
+    @property
+    def sample_shape(self) -> list[int] | None:
+        """Channels, height and width of the network's samples."""
+        return _sample_shape(self.model.config)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """A prediction shaped like ``x``; the part of the output that predicts a variance is left out."""
@@ -92,6 +104,39 @@ class DiT(nn.Module):
             raise ValueError("DiTTransformer2DModel needs labels: give the model a conditioning")
         out = self.model(x, timestep=t * self.time_scale + self.time_offset, class_labels=cond).sample
         return out[:, : x.shape[1]]
+
+
+class UNet2DCondition(nn.Module):
+    """A ``UNet2DConditionModel`` of diffusers, as in Stable Diffusion, as ``net(x, t, sequences)``.
+
+    Args:
+        model: the network, or the arguments of ``diffusers.UNet2DConditionModel``.
+        time_scale: what times are multiplied by, > 0.
+        time_offset: what is added then; -1 for models that were trained in diffusers' steps.
+
+    Raises:
+        ValueError: an argument out of range, or no sequences.
+        ImportError: diffusers is missing.
+    """
+
+    def __init__(self, model: Any, time_scale: float = 1000.0, time_offset: float = -1.0) -> None:
+        super().__init__()
+        _check_times(time_scale, time_offset)
+        self.model = _diffusers().UNet2DConditionModel(**model) if isinstance(model, dict) else model
+        self.time_scale = time_scale
+        self.time_offset = time_offset
+        self.feature_layers = ["model.mid_block"]
+
+    @property
+    def sample_shape(self) -> list[int] | None:
+        """Channels, height and width of the network's samples, if it was built for a size."""
+        return _sample_shape(self.model.config)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """A prediction shaped like ``x``, ``(batch, channels, height, width)``."""
+        if cond is None:
+            raise ValueError("UNet2DConditionModel needs sequences: give the model a conditioning")
+        return self.model(x, t * self.time_scale + self.time_offset, encoder_hidden_states=cond.to(x.dtype)).sample
 
 
 @dataclass(frozen=True)
@@ -146,6 +191,25 @@ class DiscreteVP(Process):
         above = torch.searchsorted(-table, -log_alpha).clamp(1, len(table) - 1)
         share = (log_alpha - table[above - 1]) / (table[above] - table[above - 1])
         return ((above - 1 + share) / len(self.alphas_cumprod)).to(lam.dtype)
+
+
+def scaled_linear_vp(beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> DiscreteVP:
+    """The process of Stable Diffusion: the roots of its betas rise linearly (diffusers' ``scaled_linear``).
+
+    Args:
+        beta_start: first beta, in (0, 1).
+        beta_end: last beta, in [``beta_start``, 1).
+        steps: number of betas, >= 1.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"beta_start and beta_end must be 0 < start <= end < 1, got {beta_start} and {beta_end}")
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    return DiscreteVP(tuple((1 - betas).cumprod(0).tolist()))
 
 
 def from_diffusers(source: Any, scheduler: Any = None) -> Denoiser:
@@ -261,12 +325,56 @@ def to_pipeline(denoiser: Denoiser, folder: str | Path) -> None:
     pipeline(unet=net.model, scheduler=scheduler).save_pretrained(folder)
 
 
+def to_one_step_pipeline(denoiser: Denoiser, folder: str | Path) -> None:
+    """Write a generator of one step as a folder that ``diffusers.DiffusionPipeline.from_pretrained`` loads.
+
+    Its samples are ``denoiser.x0(noise, t_max)``. :class:`UNet2D` models with EDM's process, prediction and
+    preconditioning, with or without labels, become a ``ConsistencyModelPipeline``, whose default is one step; others
+    what :func:`to_pipeline` makes of them, **to be called with** ``num_inference_steps=1``.
+
+    Args:
+        denoiser: the generator, such as ``FDistill.student``.
+        folder: where to write.
+
+    Raises:
+        ValueError: a network, a condition or a process for which diffusers has no pipeline.
+        ImportError: diffusers is missing.
+    """
+    diffusers = _diffusers()
+    process, net = denoiser.process, denoiser.net
+    if not (isinstance(process, EDM) and denoiser.prediction == denoiser.precondition == "edm"):
+        to_pipeline(denoiser, folder)
+        return
+    if not isinstance(net, UNet2D) or not isinstance(denoiser.conditioning, Labels | None):
+        raise ValueError(
+            "denoiser must have a UNet2D without conditioning, or with Labels, to become a pipeline, got "
+            f"{type(net).__name__} and {type(denoiser.conditioning).__name__}"
+        )
+    if (net.time_scale, net.time_offset) != (1000.0, 0.0):
+        raise ValueError(
+            "time_scale and time_offset of UNet2D must be 1000 and 0 for diffusers to call the network at the same "
+            f"times, got {net.time_scale:g} and {net.time_offset:g}"
+        )
+    # Its boundary condition is ours where the noise that it takes for clean is none.
+    scheduler = diffusers.CMStochasticIterativeScheduler(
+        sigma_min=0.0, sigma_max=process.sigma_max, sigma_data=denoiser.sigma_data, clip_denoised=False
+    )
+    diffusers.ConsistencyModelPipeline(unet=net.model, scheduler=scheduler).save_pretrained(folder)
+
+
 def _diffusers() -> Any:
     try:
         import diffusers
     except ImportError as error:
         raise ImportError('this needs diffusers: pip install "lit-methods[diffusion]"') from error
     return diffusers
+
+
+def _sample_shape(config: Any) -> list[int] | None:
+    size = config.sample_size
+    if size is None:
+        return None
+    return [config.in_channels, *(size if isinstance(size, list | tuple) else (size, size))]
 
 
 def _check_times(scale: float, offset: float) -> None:

@@ -49,6 +49,8 @@ class TimeMLP(nn.Module):
                 f"num_classes must be None where cond_features={cond_features} is given, got {num_classes}"
             )
         features, self.two_times = math.prod(shape), two_times
+        self.sample_shape = list(shape)
+        self.feature_layers = [f"blocks.{blocks - 1}"]
         told = 2 * frequencies * (2 if two_times else 1)
         self.register_buffer("frequencies", torch.arange(1, frequencies + 1) * (math.pi / 4), persistent=False)
         self.inner = nn.Linear(features, width)

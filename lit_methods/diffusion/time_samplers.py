@@ -54,11 +54,28 @@ class TimeSampler(ABC):
 
 @dataclass(frozen=True)
 class UniformTimes(TimeSampler):
-    """Uniform between ``t_min`` and ``t_max``."""
+    """Uniform between ``low`` and ``high`` times ``t_max``, but not below ``t_min``.
+
+    Args:
+        low: smallest time over ``t_max``, in [0, 1).
+        high: largest time over ``t_max``, in (``low``, 1].
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite_fields(self)
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"low and high must be 0 <= low < high <= 1, got {self.low} and {self.high}")
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:
-        """``t_min + u (t_max - t_min)``."""
-        return process.t_min + u * (process.t_max - process.t_min)
+        """``low + u (high - low)`` in units of ``t_max``."""
+        low = max(process.t_min, self.low * process.t_max)
+        return low + u * (self.high * process.t_max - low)
 
 
 @dataclass(frozen=True)
@@ -160,7 +177,7 @@ class KarrasTimes(TimeSampler):
     Args:
         steps: number of points, >= 2.
         rho: curvature of the grid, > 0.
-        skip: share of the points left out at either end, in [0, 0.5).
+        skip: points, counted from 0, lie between ``skip * steps`` and ``(1 - skip) * steps``, in [0, 0.5).
         sigma_min: smallest noise, > 0.
         sigma_max: largest noise.
 
@@ -186,7 +203,7 @@ class KarrasTimes(TimeSampler):
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         """The point of the grid, counted from the least noise."""
         first = round(self.skip * self.steps)
-        count = self.steps - 2 * first
+        count = min(self.steps - first, self.steps - 1) - first + 1
         index = first + (u * count).floor().clamp(max=count - 1)
         low, high = (x ** (1 / self.rho) for x in noise_range(process, self.sigma_min, self.sigma_max))
         sigma = (low + index / (self.steps - 1) * (high - low)) ** self.rho

@@ -59,9 +59,20 @@ class Weighting(ABC):
 
 @dataclass(frozen=True)
 class Uniform(Weighting):
-    """Weight 1 for what the network predicts: "simple" DDPM for noise, flow matching for the flow."""
+    """Weight 1 for what the network predicts: "simple" DDPM for noise, flow matching for the flow.
 
-    space: ClassVar[str | None] = None
+    Args:
+        space: a prediction whose error has weight 1 instead, such as ``x0``.
+
+    Raises:
+        ValueError: an unknown prediction.
+    """
+
+    space: str | None = None  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        if self.space is not None:
+            check_prediction("space", self.space)
 
     def weight(self, point: Point, sigma_data: float) -> Any:
         """1."""

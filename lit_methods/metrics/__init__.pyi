@@ -10,4 +10,5 @@ from .samples import MMD as MMD
 from .samples import ClassifierConfidence as ClassifierConfidence
 from .samples import NearestDistance as NearestDistance
 from .samples import PrecisionRecall as PrecisionRecall
+from .samples import SampleMoments as SampleMoments
 from .samples import SlicedWasserstein as SlicedWasserstein

@@ -151,6 +151,38 @@ class NearestDistance(_TwoSamples):
         return torch.cdist(generated, real).min(1).values.mean()
 
 
+class SampleMoments(Metric):
+    """Mean and standard deviation of all values of generated samples.
+
+    Args:
+        kwargs: of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: in ``compute``, fewer than two values.
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", default=torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, samples: Tensor, real: bool) -> None:
+        """Add samples ``(batch, ...)``; real ones are left out."""
+        if not real:
+            x = samples.detach().to(self.sums.dtype)
+            self.sums += torch.stack([torch.full_like(x, 1.0).sum(), x.sum(), x.square().sum()])
+
+    def compute(self) -> dict[str, Tensor]:
+        """``mean`` and ``std``."""
+        count, total, squares = self.sums
+        if count < 2:
+            raise ValueError(f"there must be two generated values, got {int(count)}")
+        variance = (squares - total**2 / count) / (count - 1)
+        return {"mean": (total / count).float(), "std": variance.clamp(min=0).sqrt().float()}
+
+
 class ClassifierConfidence(Metric):
     """How sure a classifier is of generated samples, and how evenly it finds the classes.
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lit_methods.optim import MDPO
-from lit_methods.vi import MarkovFBM
+from lit_methods.vi import PVRNN, MarkovFBM
 from tests.contract.pieces import kind_of, public_objects, real_arguments
 
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -22,15 +22,21 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "EnsembleJudge": {"judges": [print, print]},
     "HTTPJudge": {"url": "http://localhost"},
     "Labels": {"num_classes": 2},
+    "ErrorRegression": {"network": PVRNN(1)},
     "FractionalSDE": {"drift": nn.Identity(), "diffusion": 1.0, "control": None, "noise": MarkovFBM(), "state_dim": 1},
     "LossGuidance": {"loss": None},
     "MDPOStepSize": {"optimizer": MDPO([nn.Parameter(torch.ones(1))]), "schedule": "constant"},
+    "PVRNN": {"output_size": 1},
+    "PointDiscriminator": {"dim": 1},
     "RatioNormalizer": {"t_min": 0.0, "t_max": 1.0},
     "RewardModelJudge": {"model": "of no matter"},
     "ScoreJudge": {"score": lambda prompt, text: 0.0},
     "SinkhornNewton": {"eta": 1.0},
+    "SoftmaxCode": {"low": 0.0, "high": 1.0},
     "StaticRegret": {"loss": "logistic", "dim": 2},
+    "Sequences": {"length": 2, "features": 3},
     "UNet2D": {"model": nn.Identity()},
+    "UNet2DCondition": {"model": nn.Identity()},
     "Vectors": {"features": 2},
 }
 MAY_BE_INFINITE = {

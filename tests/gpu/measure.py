@@ -31,6 +31,7 @@ from lit_methods.rl.networks import TanhGaussianActor, TwinCritic, ValueNetwork
 from lit_methods.transport import sinkhorn_newton
 from lit_methods.vi import PVRNN
 from tests.benchmarks import harness
+from tests.benchmarks.bench_f_distill import contenders
 from tests.benchmarks.bench_mult_vae import BATCH, NUM_ITEMS, part, stepper, synthetic
 from tests.gpu.device import DEVICE, DRY_RUN
 
@@ -270,6 +271,15 @@ def diffusion(rates: Rates) -> Iterator[Row]:
     yield row("Diffusion, sampling", f"{size}, {steps} steps of DDIM", milliseconds(sample, repeats=5, warmup=1), floor)
 
 
+def f_distill(rates: Rates) -> Iterator[Row]:
+    """Five iterations of f-distill; the floor is the passes through its networks."""
+    batch, side = (2, 8) if DRY_RUN else (256, 32)
+    work = contenders(batch, side, DEVICE)
+    floor = median(milliseconds(work["network passes"]))
+    for name in ("f-distill, js", "f-distill, rkl (DMD2)", "consistency training"):
+        yield row(f"{name}, 5 iterations", f"UNet, batch {batch} of 3x{side}x{side}", milliseconds(work[name]), floor)
+
+
 def pv_rnn(rates: Rates) -> Iterator[Row]:
     """The floor is the arithmetic; a step of 100 is three small products, so that launches decide."""
     batch, steps, sizes = (2, 4, [8, 4]) if DRY_RUN else (64, 100, [80, 40, 20])
@@ -294,7 +304,9 @@ def shown(found: Row) -> Row:
     return {name: found.get(name, "") for name in columns} | {"more": rest}
 
 
-MEASUREMENTS = [mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion, pv_rnn, fractional_sde]
+MEASUREMENTS = [
+    mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion, f_distill, pv_rnn, fractional_sde,
+]  # fmt: skip
 
 
 def main(folder: Path) -> int:

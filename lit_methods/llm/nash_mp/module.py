@@ -130,7 +130,7 @@ class NashMP(LightningModule):
         generation: Generation | None = None,
         loading: Loading | None = None,
         sampler: Sampler | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.01),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         warmup_steps: int = 0,
         **old: Any,
     ) -> None:

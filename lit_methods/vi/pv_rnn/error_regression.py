@@ -1,12 +1,13 @@
 """Recognition without an encoder: past errors move the adaptive vectors of the last steps."""
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_methods.diffusion.streams import stream
+from lit_methods.diffusion.streams import check_seed, stream
 from lit_methods.vi.pv_rnn.network import PVRNN, PVRNNOutput
 from lit_methods.vi.pv_rnn.objective import as_meta_prior, step_losses, without_gaps
 
@@ -34,6 +35,15 @@ class WindowLoss(NamedTuple):
 
     before: Tensor
     after: Tensor
+
+
+def check_fit(window: int, iterations: int, lr: float, restarts: int) -> None:
+    """Refuse settings of a fit that are out of range."""
+    for name, value, least in (("window", window, 1), ("iterations", iterations, 0), ("restarts", restarts, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be > 0 and finite, got {lr}")
 
 
 class ErrorRegression:
@@ -80,16 +90,8 @@ class ErrorRegression:
         deterministic: bool = False,
         seed: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("window", window, 1),
-            ("iterations", iterations, 0),
-            ("restarts", restarts, 1),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-        if not 0 < lr < float("inf"):
-            raise ValueError(f"lr must be > 0 and finite, got {lr}")
+        check_fit(window, iterations, lr, restarts)
+        check_seed(seed)
         self.network = network
         self.window, self.iterations, self.lr = window, iterations, lr
         self.weights = as_meta_prior(meta_prior, initial_meta_prior, len(network.latent_sizes))

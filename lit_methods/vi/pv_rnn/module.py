@@ -17,7 +17,7 @@ from lit_methods.hyperparameters import live_arguments
 from lit_methods.optim.foundation.ranks import gather_objects, rank, world_size
 from lit_methods.precision import load_unrounded
 from lit_methods.swa import renew_swa_copy
-from lit_methods.vi.pv_rnn.error_regression import ErrorRegression
+from lit_methods.vi.pv_rnn.error_regression import ErrorRegression, check_fit
 from lit_methods.vi.pv_rnn.network import PVRNN
 from lit_methods.vi.pv_rnn.objective import StepLosses, as_meta_prior, step_losses, without_gaps
 
@@ -34,6 +34,9 @@ class Recognition:
         deterministic: no noise.
         horizon: steps that are predicted, >= 1.
         num_samples: predictions that are averaged, >= 1.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     window: int = 10
@@ -43,6 +46,12 @@ class Recognition:
     deterministic: bool = False
     horizon: int = 10
     num_samples: int = 10
+
+    def __post_init__(self) -> None:
+        check_fit(self.window, self.iterations, self.lr, self.restarts)
+        for name in ("horizon", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
 
 class PVRNNModule(LightningModule):
@@ -106,9 +115,6 @@ class PVRNNModule(LightningModule):
         for name, value in (("num_sequences", num_sequences), ("seq_len", seq_len)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
-        for name in ("horizon", "num_samples"):
-            if getattr(recognition, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(recognition, name)}")
         self.save_hyperparameters(ignore=live_arguments(locals()))
         self.network = network
         self.weights = as_meta_prior(meta_prior, initial_meta_prior, len(network.latent_sizes))
@@ -119,7 +125,6 @@ class PVRNNModule(LightningModule):
         self.seed, self.draws = check_seed(seed), 0
         self.touched: set[int] = set()  # rows that the ranks' batches held since the last optimizer step
         self.errors = nn.ModuleDict({f"{s}_{name}": MeanMetric() for s in ("val", "test") for name in ("mse", "prior")})
-        self.regression()  # refuses what it cannot do now, not at the first validation
         if shard_adaptive:  # under both names that torch 2.13 looks for
             self._ddp_params_and_buffers_to_ignore = ["adaptive", ".adaptive"]
         if num_sequences is not None and seq_len is not None:

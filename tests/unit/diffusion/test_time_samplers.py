@@ -48,7 +48,7 @@ def test_quantiles() -> None:
 def test_karras_times_are_on_the_grid_of_karras() -> None:
     grid = KarrasGrid().noisy_times(EDM(), 1000).flip(0)
     drawn = KarrasTimes(1000, skip=0.002).quantile(torch.linspace(0.0001, 0.9999, 5000, dtype=torch.float64), EDM())
-    torch.testing.assert_close(drawn.unique(), grid[2:998], rtol=1e-9, atol=0)
+    torch.testing.assert_close(drawn.unique(), grid[2:999], rtol=1e-9, atol=0)
 
 
 def test_a_stratified_batch_has_one_time_in_each_stratum() -> None:
@@ -89,6 +89,7 @@ def test_bad_arguments() -> None:
         (lambda: ShiftedTimes(0.0), "shift must be"),
         (lambda: KarrasTimes(1), "steps must be >= 2, got 1"),
         (lambda: KarrasTimes(rho=0.0), "rho must be"),
+        (lambda: UniformTimes(low=0.5, high=0.5), "low and high must be 0 <= low < high <= 1"),
         (lambda: KarrasTimes(skip=0.5), "skip must be"),
         (lambda: DiscreteTimes(0), "steps must be"),
         (lambda: UniformGrid(0.0), "shift must be"),
@@ -102,3 +103,9 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build()
+
+
+def test_uniform_times_may_leave_out_the_ends() -> None:
+    times = UniformTimes(0.25, 0.75).quantile(U, FlowMatching())
+    torch.testing.assert_close(times, 0.25 + 0.5 * U)
+    assert float(UniformTimes(0.0, 0.5).quantile(torch.zeros(1), EDM())) == pytest.approx(0.002)

@@ -84,6 +84,8 @@ def test_weights_of_the_literature() -> None:
     torch.testing.assert_close(SigmoidWeight(2.0).in_space("epsilon", process, t), torch.sigmoid(2 - snr.log()))
     torch.testing.assert_close(P2(k=2.0, gamma=0.5).in_space("epsilon", process, t), (2 + snr) ** -0.5)
     assert Uniform().in_space("flow", process, t).tolist() == [1, 1]
+    point = process.at(t)
+    torch.testing.assert_close(Uniform("x0").in_space("epsilon", process, t), (point.sigma / point.alpha) ** 2)
 
 
 def test_bad_arguments() -> None:
@@ -93,6 +95,7 @@ def test_bad_arguments() -> None:
         (lambda: P2(k=0.0), "k must be"),
         (lambda: P2(gamma=-1.0), "gamma must be"),
         (lambda: as_weighting("snr5"), "weighting must be one of"),
+        (lambda: Uniform("noise"), "space must be one of"),
         (lambda: Uniform().in_space("noise", VPLinear(), torch.ones(1)), "prediction must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

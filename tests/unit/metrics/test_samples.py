@@ -9,6 +9,7 @@ from lit_methods.metrics import (
     ClassifierFeatures,
     NearestDistance,
     PrecisionRecall,
+    SampleMoments,
     SlicedWasserstein,
 )
 
@@ -105,3 +106,11 @@ def test_classifier_features_serve_torchmetrics() -> None:
 def test_bad_arguments(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_moments_are_those_of_the_generated_values() -> None:
+    x = normal(500, 0, shift=3.0)
+    found = filled(SampleMoments(), x + 100, x)
+    torch.testing.assert_close(found, {"mean": x.mean(), "std": x.std()}, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="there must be two generated values, got 0"):
+        SampleMoments().compute()

@@ -42,11 +42,15 @@ def divergence_weight(r: Tensor, divergence: str | Weight = "js") -> Tensor:
     Raises:
         ValueError: an unknown divergence.
     """
-    if isinstance(divergence, str):
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {divergence!r}")
-        divergence = DIVERGENCES[divergence]
-    return divergence(r.detach())
+    check_divergence(divergence)
+    weight = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
+    return weight(r.detach())
+
+
+def check_divergence(divergence: str | Weight) -> None:
+    """Refuse what is neither a divergence nor a function."""
+    if divergence not in DIVERGENCES and not callable(divergence):
+        raise ValueError(f"divergence must be one of {list(DIVERGENCES)} or a function, got {divergence!r}")
 
 
 class RatioNormalizer(nn.Module):
@@ -104,9 +108,7 @@ class RatioNormalizer(nn.Module):
             logits: of the discriminator, real against student, ``(batch,)`` or ``(batch, heads)``, which are averaged.
             t: times ``(batch,)``.
         """
-        logits = logits.float()
-        logits = logits.flatten(1).mean(1) if logits.ndim > 1 else logits
-        r = logits.clamp(-10, 10).exp().clamp(*self.clip)
+        r = mean_logit(logits).clamp(-10, 10).exp().clamp(*self.clip)
         low, high, at = self.t_min, self.t_max, t.float()
         if self.spacing == "log_time":
             low, high, at = math.log(low), math.log(high), at.log()
@@ -119,10 +121,15 @@ class RatioNormalizer(nn.Module):
         return r / (self.means[bins] + 1e-6)
 
 
+def mean_logit(logits: Tensor) -> Tensor:
+    """``(batch,)`` in float32 of logits ``(batch,)`` or ``(batch, heads)``."""
+    return logits.float().flatten(1).mean(1) if logits.ndim > 1 else logits.float()
+
+
 def normalize_weight(weight: Tensor) -> Tensor:
     """Divide weights ``(batch,)`` by their mean over the batch and all ranks, in float32."""
     weight = weight.detach().float()
-    total, count = _over_ranks(torch.stack([weight.sum(), torch.tensor(float(len(weight)), device=weight.device)]))
+    total, count = _over_ranks(torch.stack([weight.sum(), weight.new_full((), len(weight))]))
     return weight / (total / count + 1e-6)
 
 
