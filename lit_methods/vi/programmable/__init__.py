@@ -1,7 +1,9 @@
 """Programmable variational inference: models, guides and objectives as programs."""
 
 from lit_methods.vi.programmable.checks import GradientCheck, SiteVariance, check_gradient, variance_report
+from lit_methods.vi.programmable.diagnostics import effective_sample_size, pareto_k_hat
 from lit_methods.vi.programmable.marginal import SIR, Enumeration, marginal
+from lit_methods.vi.programmable.module import ProgrammableVI
 from lit_methods.vi.programmable.normalization import normalize
 from lit_methods.vi.programmable.objectives import (
     Estimate,
@@ -21,7 +23,7 @@ from lit_methods.vi.programmable.objectives import (
     wake_p,
     wake_q,
 )
-from lit_methods.vi.programmable.programs import Program, Simulation, Trace, cond, observe, program, sample
+from lit_methods.vi.programmable.programs import Prediction, Program, Simulation, Trace, cond, observe, program, sample
 from lit_methods.vi.programmable.strategies import ENUM, MVD, REINFORCE, REPARAM, MovingAverage, Strategy
 from lit_methods.vi.programmable.tape import batched
 
@@ -36,7 +38,9 @@ __all__ = [
     "GradientCheck",
     "MovingAverage",
     "Objective",
+    "Prediction",
     "Program",
+    "ProgrammableVI",
     "Simulation",
     "SiteVariance",
     "Strategy",
@@ -45,6 +49,7 @@ __all__ = [
     "check_gradient",
     "cond",
     "diwhvi",
+    "effective_sample_size",
     "elbo",
     "forward_kl",
     "hvi",
@@ -55,6 +60,7 @@ __all__ = [
     "normalize",
     "objective",
     "observe",
+    "pareto_k_hat",
     "program",
     "renyi",
     "reweighted_wake_sleep",

@@ -47,6 +47,20 @@ class Simulation(NamedTuple):
     value: Any
 
 
+class Prediction(NamedTuple):
+    """What :meth:`Program.predict` gives.
+
+    Attributes:
+        drawn: observations, drawn.
+        observed: the data in their place, as the program gave them to :func:`observe`.
+        value: what the program returns.
+    """
+
+    drawn: Trace
+    observed: Trace
+    value: Any
+
+
 class Program(nn.Module):
     """A distribution over traces, exact or estimated. Derive from it for one that is neither function nor module."""
 
@@ -62,8 +76,8 @@ class Program(nn.Module):
         """Draw choices and observations too, as if nothing had been observed: ``(choices, observations)``."""
         raise NotImplementedError(f"{type(self).__name__} cannot generate observations")
 
-    def predict(self, trace: Mapping[str, Tensor], *args: Any) -> tuple[Trace, Any]:
-        """Draw observations given the choices in ``trace``: ``(observations, what the program returns)``."""
+    def predict(self, trace: Mapping[str, Tensor], *args: Any) -> Prediction:
+        """Draw observations given the choices in ``trace``."""
         raise NotImplementedError(f"{type(self).__name__} cannot predict observations")
 
 
@@ -93,11 +107,12 @@ class FunctionProgram(Program):
         run(self.function, *args)
         return run.trace, run.observations
 
-    def predict(self, trace: Mapping[str, Tensor], *args: Any) -> tuple[Trace, Any]:
+    def predict(self, trace: Mapping[str, Tensor], *args: Any) -> Prediction:
         """Draw observations given the choices in ``trace``."""
         run = Run(trace, draw_observations=True)
         value = run(self.function, *args)
-        return run.observations, value
+        check_all_used(trace, run)
+        return Prediction(run.observations, run.observed, value)
 
 
 def program(function: Callable[..., Any]) -> Program:
@@ -217,6 +232,7 @@ class Run:
         self.enumerate_rest = enumerate_rest
         self.trace = Trace()
         self.observations = Trace()
+        self.observed = Trace()
         self.log_probs: dict[str, Tensor] = {}
         self.masks: list[Tensor] = []
         self.tape: Tape = active_tape()
@@ -272,6 +288,8 @@ class Run:
                 drawn = draw_plain(dist, self.tape.draw_shape)
             self.observations[name] = drawn
             self.observations.event_ndims[name] = len(dist.event_shape)
+            self.observed[name] = torch.as_tensor(value)
+            self.observed.event_ndims[name] = len(dist.event_shape)
             self.log_probs[name] = torch.zeros(())
             return drawn
         if not isinstance(value, Tensor):

@@ -4,6 +4,7 @@ Each pairs a value with a surrogate, a tensor of the same value whose gradient i
 the choice; ``combine`` turns the value and the surrogate of all that follows into those of the choice as well.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -75,7 +76,7 @@ class Reinforce(Strategy):
         inputs: what the baseline network is called with.
 
     Raises:
-        ValueError: ``baseline`` is none of these; while drawing: its shape is not that of the problems.
+        ValueError: ``baseline`` is none of these, or not finite; while drawing: its shape is not that of the problems.
     """
 
     uses_score = True
@@ -87,6 +88,8 @@ class Reinforce(Strategy):
     ) -> None:
         if isinstance(baseline, str) and baseline != "leave_one_out":
             raise ValueError(f"baseline must be 'leave_one_out', a number, a tensor or a module, got {baseline!r}")
+        if isinstance(baseline, float | int) and not math.isfinite(baseline):
+            raise ValueError(f"baseline must be finite, got {baseline}")
         self.baseline = baseline
         self.inputs = inputs
         self.has_baseline = baseline is not None

@@ -295,9 +295,10 @@ def test_generate_and_predict() -> None:
         choices, observations = program(model).generate(data)
         assert observations["y"].shape == (5, 2)
         assert not torch.equal(observations["y"], data)
-        drawn, value = program(model).predict({"z": torch.full((5,), 7.0)}, data)
+        drawn, observed, value = program(model).predict({"z": torch.full((5,), 7.0)}, data)
     assert list(choices) == ["z"]
     assert torch.equal(drawn["y"], value)
+    assert torch.equal(observed["y"], data)
     assert (drawn["y"] - 7).abs().max() < 1
 
 
