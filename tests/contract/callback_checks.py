@@ -53,7 +53,7 @@ def fit_unrelated_module(case: CallbackCase, folder: Path, *others: Callback) ->
     checkpoint = ModelCheckpoint(dirpath=folder, save_last=True)
     trainer = Trainer(
         max_epochs=2,
-        accelerator="cpu",
+        accelerator=case.accelerator,
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,

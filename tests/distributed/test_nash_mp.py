@@ -45,9 +45,8 @@ def steps(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"rank{rank}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "options"), [pytest.param(1, ["--mode=mirror_prox"], marks=pytest.mark.slow), (2, ["--full"])]
-)
+@pytest.mark.slow  # test_kill_resume kills by default, and the contract suite resumes NashMP
+@pytest.mark.parametrize(("ranks", "options"), [(1, ["--mode=mirror_prox"]), (2, ["--full"])])
 def test_killed_run_ends_like_the_uninterrupted_one(tmp_path: Path, ranks: int, options: list[str]) -> None:
     whole, killed, resumed = (tmp_path / name for name in ("whole", "killed", "resumed"))
     kill_at = 2 * SAVE_EVERY + 1  # one step after a checkpoint

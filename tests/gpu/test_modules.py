@@ -1,4 +1,4 @@
-"""Every module, and a small recipe of every method, by ``lit-methods`` on a GPU. Skipped without one."""
+"""Every module and callback, and a small recipe of every method, on a GPU. Skipped without one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,14 +10,14 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from tests.cli import run_here
-from tests.contract import module_checks
-from tests.contract.cases import MODULES, RECIPES
+from tests.contract import callback_checks, module_checks
+from tests.contract.cases import CALLBACKS, MODULES, RECIPES
 from tests.contract.pieces import ROOT
 from tests.gpu.device import DEVICE, ON_GPU
 
 pytestmark = ON_GPU
 
-CHECKS = [
+CHECKS: list[Callable[..., None]] = [
     module_checks.check_runs_through_the_cli,
     module_checks.check_resumes_bit_exactly_in_new_processes,
     module_checks.check_runs_finite_in_mixed_bfloat16,
@@ -32,6 +32,17 @@ def test_module(piece: str, check: Callable[..., None], tmp_path: Path, monkeypa
     if reason := case.not_applicable.get(check.__name__):
         pytest.skip(reason)
     check(replace(case, trainer={**case.trainer, "accelerator": DEVICE}), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("piece", CALLBACKS, ids=lambda piece: piece.rpartition(".")[2])
+def test_callback(piece: str, tmp_path: Path) -> None:
+    case = CALLBACKS[piece]
+    check = callback_checks.check_state_survives_a_checkpoint
+    if check.__name__ in case.not_applicable:
+        check = callback_checks.check_attaches_to_an_unrelated_module
+    if reason := case.not_applicable.get(check.__name__):
+        pytest.skip(reason)
+    check(replace(case, accelerator=DEVICE), tmp_path)
 
 
 @pytest.mark.parametrize("piece", MODULES, ids=lambda piece: piece.rpartition(".")[2])

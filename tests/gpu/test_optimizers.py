@@ -109,6 +109,19 @@ def test_resumes_to_the_bit(case: OptimizerCase) -> None:
     assert_same(again.state_dict(), model.state_dict(), "parameters")
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="only CUDA counts its memory")
+def test_memory_does_not_grow_with_the_steps(case: OptimizerCase) -> None:
+    model, loss = problem(DEVICE, torch.float32)
+    optimizer = case.make(model.parameters(), model)
+    train(optimizer, lambda: loss(model), 3 * STEPS)  # windows and memories are full
+    peaks = []
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        train(optimizer, lambda: loss(model), STEPS)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] <= peaks[0] + 512  # what the allocator rounds a tensor to
+
+
 def rng_state() -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if DEVICE == "cuda" else [])]
 

@@ -1,6 +1,8 @@
-"""Every packaged recipe is documented, parses, and runs (small and slow ones, with tiny limits)."""
+"""Every packaged recipe is documented, parses, and runs (with tiny limits; slow ones with the slow tests)."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,7 +26,14 @@ def test_recipe_is_documented_and_parses(
     checks.check_parses_against_current_signatures(recipe, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.rpartition("/")[2].startswith("paper_")])
+def runnable() -> list[Any]:
+    """Small recipes, and slow ones for the tests that are marked so."""
+    kinds = {n: re.search(r"kind: (\w+)", (ROOT / "recipes" / f"{n}.yaml").read_text()) for n in NAMES}
+    named = {n: kind.group(1) for n, kind in kinds.items() if kind}
+    return [pytest.param(n, marks=[pytest.mark.slow] * (named[n] == "slow")) for n in named if named[n] != "paper"]
+
+
+@pytest.mark.parametrize("name", runnable())
 def test_recipe_runs_and_resumes(name: str, tmp_path: Path) -> None:
     assert name in RECIPES, f"recipe {name} has no case in tests/contract/cases/"
     case = RECIPES[name]

@@ -1,5 +1,6 @@
 """The house's rule for a loss or gradient that is not finite: the step is not taken, and the first such step warns."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +21,9 @@ def gradients_are_finite(params: Sequence[Any]) -> bool:
         return True
     grads = [local_grad(p) for p in params]
     dtype = torch.float32
-    for grad in grads:
-        dtype = torch.promote_types(dtype, grad.dtype)
-    return bool(sum_over_shards(torch._foreach_norm(grads, 2, dtype), params).isfinite())
+    for each in {grad.dtype for grad in grads}:
+        dtype = torch.promote_types(dtype, each)
+    return math.isfinite(sum_over_shards(torch._foreach_norm(grads, 2, dtype), params).item())
 
 
 def warn_of_skipped_step(optimizer: Optimizer, reason: str = "the loss or its gradient is not finite") -> None:

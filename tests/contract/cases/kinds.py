@@ -65,6 +65,7 @@ class CallbackCase:
     make: Callable[[], Callback]
     bad: list[tuple[Callable[[], object], str]]
     not_applicable: dict[str, str] = field(default_factory=dict)
+    accelerator: str = "cpu"
 
 
 @dataclass(frozen=True)
