@@ -245,6 +245,20 @@ def diffusion(rates: Rates) -> Iterator[Row]:
     yield row("Diffusion, sampling", f"{size}, {steps} steps of DDIM", milliseconds(sample, repeats=5, warmup=1), floor)
 
 
+def programmable_vi(rates: Rates) -> Iterator[Row]:
+    """A gradient of the ELBO of the paper's autoencoder, beside the same written by hand."""
+    from lit_methods.vi.programmable import elbo
+    from tests.benchmarks import bench_programmable_vi as bench
+
+    for batch in (8,) if DRY_RUN else (64, 256, 1024):
+        model, guide, data = bench.vae_parts(batch)
+        by_hand = median(milliseconds(bench.by_hand(model, guide, data, False)))
+        step = milliseconds(bench.ours(elbo(model, guide), data, [model, guide]))
+        yield row(
+            "Programmable VI, gradient of the ELBO", f"784-200-10, batch {batch}", step, by_hand_ms=round(by_hand, 4)
+        )
+
+
 def shown(found: Row) -> Row:
     """The row with what only some methods have in one last column."""
     columns = ("method", "size", "ms", "quartiles", "floor_ms", "ms / floor", "peak_MB")
@@ -252,7 +266,7 @@ def shown(found: Row) -> Row:
     return {name: found.get(name, "") for name in columns} | {"more": rest}
 
 
-MEASUREMENTS = [mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion]
+MEASUREMENTS = [mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion, programmable_vi]
 
 
 def main(folder: Path) -> int:

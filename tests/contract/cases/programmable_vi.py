@@ -1,11 +1,19 @@
 """Cases of programmable variational inference."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
 from lit_methods.batches import ObservationBatch
-from lit_methods.callbacks import PosteriorDiagnostics
-from lit_methods.datamodules import RepeatedObservationDataModule
+from lit_methods.callbacks import CountAccuracy, PosteriorDiagnostics
+from lit_methods.datamodules import (
+    DiabetesDataModule,
+    DigitScenesDataModule,
+    MultiMNISTDataModule,
+    RepeatedObservationDataModule,
+)
 from lit_methods.vi import ProgrammableVI
 from lit_methods.vi.programmable.examples import BetaGuide, CoinModel
 from tests.contract.cases.kinds import (
@@ -16,6 +24,7 @@ from tests.contract.cases.kinds import (
     RecipeCase,
     class_config,
 )
+from tests.standins.idx_files import write_mnist
 
 _EXAMPLES = "lit_methods.vi.programmable.examples"
 _FLIPS = [1.0, 1.0, 0.0]
@@ -68,7 +77,40 @@ MODULES: dict[str, ModuleCase] = {
 }
 
 
+def _multi_mnist(folder: Path, **arguments: Any) -> MultiMNISTDataModule:
+    if not any(folder.iterdir()):
+        write_mnist(folder)
+    few = {"train_size": 12, "val_size": 4, "test_size": 4, "batch_size": 4}
+    return MultiMNISTDataModule(**({"data_dir": str(folder), **few} | arguments))
+
+
 DATAMODULES: dict[str, DataModuleCase] = {
+    "lit_methods.datamodules.DiabetesDataModule": DataModuleCase(
+        lambda folder, **arguments: DiabetesDataModule(**({"batch_size": 32} | arguments)),
+        bad=[*LOADER_ARGUMENTS, ({"test_size": 440}, "test_size=440: must be")],
+    ),
+    "lit_methods.datamodules.DigitScenesDataModule": DataModuleCase(
+        lambda folder, **arguments: DigitScenesDataModule(
+            **({"train_size": 12, "val_size": 4, "test_size": 4, "batch_size": 4} | arguments)
+        ),
+        bad=[
+            *LOADER_ARGUMENTS,
+            ({"size": 15}, "size=15: must be"),
+            ({"max_digits": 0}, "max_digits=0: must be"),
+            ({"train_size": 0}, "train_size=0: must be"),
+            ({"test_size": -1}, "test_size=-1: must be"),
+        ],
+    ),
+    "lit_methods.datamodules.MultiMNISTDataModule": DataModuleCase(
+        _multi_mnist,
+        bad=[
+            *LOADER_ARGUMENTS,
+            ({"size": 49}, "size=49: must be"),
+            ({"max_digits": 0}, "max_digits=0: must be"),
+            ({"train_size": 0}, "train_size=0: must be"),
+            ({"test_size": -1}, "test_size=-1: must be"),
+        ],
+    ),
     "lit_methods.datamodules.RepeatedObservationDataModule": DataModuleCase(
         lambda folder, **arguments: RepeatedObservationDataModule(
             **({"values": _FLIPS, "repeats": 12, "batch_size": 4} | arguments)
@@ -87,6 +129,14 @@ DATAMODULES: dict[str, DataModuleCase] = {
 }
 
 CALLBACKS: dict[str, CallbackCase] = {
+    "lit_methods.callbacks.CountAccuracy": CallbackCase(
+        lambda: CountAccuracy(["z"]),
+        bad=[(lambda: CountAccuracy([]), "sites must name at least one site")],
+        not_applicable={
+            "check_attaches_to_an_unrelated_module": "It refuses modules that are not a ProgrammableVI by name.",
+            "check_state_survives_a_checkpoint": "It keeps nothing between batches.",
+        },
+    ),
     "lit_methods.callbacks.PosteriorDiagnostics": CallbackCase(
         PosteriorDiagnostics,
         bad=[
@@ -104,9 +154,17 @@ CALLBACKS: dict[str, CallbackCase] = {
     ),
 }
 
-_FEW = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]
+_FEW = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"]
+_QUICK = ["--model.num_samples=2", "--model.eval_samples=4"]
 
 RECIPES: dict[str, RecipeCase] = {
-    f"programmable_vi/{name}": RecipeCase([*_FEW, "--model.num_samples=2", "--model.eval_samples=4"])
-    for name in ("coin", "cone")
+    "programmable_vi/coin": RecipeCase([*_FEW, *_QUICK], callbacks={"PosteriorDiagnostics": {"num_particles": 25}}),
+    "programmable_vi/cone": RecipeCase([*_FEW, *_QUICK]),
+    "programmable_vi/regression": RecipeCase([*_FEW, *_QUICK]),
+    "programmable_vi/vae_digits": RecipeCase(
+        [*_FEW, *_QUICK], callbacks={"PosteriorDiagnostics": {"num_particles": 25, "every_n_epochs": 1}}
+    ),
+    "programmable_vi/air_digits": RecipeCase(
+        [*_FEW, "--data.train_size=200", "--data.val_size=64", "--data.test_size=64"]
+    ),
 }

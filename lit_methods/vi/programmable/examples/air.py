@@ -104,6 +104,8 @@ class SceneGuide(nn.Module):
         hidden_dim: of the recurrent network, >= 1.
         encoder_dim: width of the encoder's hidden layer, >= 1.
         where_scale: where the guide begins: image size over object size, > 0.
+        presence_bias: of the logit of presence at first; positive: begin with all objects present, so that where and
+            what are learned before the prior takes superfluous ones away.
     """
 
     def __init__(
@@ -115,8 +117,11 @@ class SceneGuide(nn.Module):
         hidden_dim: int = 256,
         encoder_dim: int = 200,
         where_scale: float = 3.0,
+        presence_bias: float = 0.0,
     ) -> None:
         super().__init__()
+        if not math.isfinite(presence_bias):
+            raise ValueError(f"presence_bias must be finite, got {presence_bias}")
         if not grads or any(grad not in ("enum", "mvd", "reinforce", "baseline") for grad in grads):
             raise ValueError(f"grads must hold 'enum', 'mvd', 'reinforce' or 'baseline', got {list(grads)}")
         sizes = {
@@ -138,6 +143,7 @@ class SceneGuide(nn.Module):
             nn.Linear(object_size**2, encoder_dim), nn.LeakyReLU(), nn.Linear(encoder_dim, 2 * what_dim)
         )
         with torch.no_grad():
+            self.predict.bias[0] += presence_bias
             self.predict.bias[1] += where_scale
         self.baseline: nn.Module | None = None
         if "baseline" in grads:

@@ -326,6 +326,7 @@ def test_vae_trains_a_step() -> None:
         (lambda: SceneGuide(grads=["enumerate"]), "grads must hold"),
         (lambda: SceneGuide(hidden_dim=0), "hidden_dim must be >= 1"),
         (lambda: SceneGuide(where_scale=0.0), "where_scale must be > 0"),
+        (lambda: SceneGuide(presence_bias=math.nan), "presence_bias must be finite"),
     ],
 )
 def test_bad_arguments_of_examples(build, message) -> None:
