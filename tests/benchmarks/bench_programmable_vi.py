@@ -93,15 +93,18 @@ def by_hand(model: VAEModel, guide: VAEGuide, batch: SupervisedBatch, distributi
 
 def _pyro_vae(model: VAEModel, guide: VAEGuide, batch: SupervisedBatch, loss: Any) -> harness.Work:
     dist = pyro.distributions
+    pyro.clear_param_store()
     x = batch.x.flatten(1)
     zeros, ones = x.new_zeros(len(x), 10), x.new_ones(len(x), 10)
 
     def pyro_model(x: Tensor) -> None:
+        pyro.module("decoder", model.decoder)  # without it Pyro takes no gradient
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(zeros, ones).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=model.decoder(z)).to_event(1), obs=x)
 
     def pyro_guide(x: Tensor) -> None:
+        pyro.module("encoder", guide.encoder)
         loc, scale = guide.encoder(x).chunk(2, -1)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, functional.softplus(scale)).to_event(1))
@@ -190,6 +193,7 @@ def _mixture() -> tuple[harness.Work, harness.Work | None]:
 
     @pyro.infer.config_enumerate
     def pyro_guide(x: Tensor) -> None:
+        pyro.module("logits", logits)
         first, second = logits(x.unsqueeze(-1)).unbind(-1)
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Bernoulli(logits=first))
@@ -249,6 +253,7 @@ def sites() -> None:
                         x = pyro.sample(f"x{i}", dist.Normal(x, one))
 
             def pyro_guide() -> None:
+                pyro.module(f"locs{n}", locs)
                 with pyro.plate("data", 4):
                     for i in range(n):
                         pyro.sample(f"x{i}", dist.Normal(locs[i], one))
@@ -337,8 +342,9 @@ def _numpyro_vae(
 def variance() -> None:
     """Summed variance of one gradient of the same bound for one datum, 2000 draws: a binary and a normal choice."""
     torch.manual_seed(0)
-    logit, loc = torch.tensor(0.3, requires_grad=True), torch.tensor(0.2, requires_grad=True)
-    parameters = [logit, loc]
+    holder = nn.ParameterList([torch.tensor(0.3), torch.tensor(0.2)])
+    parameters = list(holder)
+    logit, loc = parameters
 
     def model(batch: Tensor) -> None:
         b = sample("b", Bernoulli(0.3))
@@ -374,6 +380,7 @@ def variance() -> None:
 
         def their_guide(enumerate_: str | None = None) -> Callable[[], None]:
             def guide() -> None:
+                pyro.module("parameters", holder)
                 b = pyro.sample(
                     "b", dist.Bernoulli(logits=logit), infer={"enumerate": enumerate_} if enumerate_ else {}
                 )

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_methods.vi.programmable.marginal import SIR, Marginal, log_mean_exp
 from lit_methods.vi.programmable.normalization import Normalized
-from lit_methods.vi.programmable.programs import Program, Trace, program
+from lit_methods.vi.programmable.programs import FunctionProgram, Program, Trace, program
 from lit_methods.vi.programmable.tape import Tape, Unroll, active_tape, base_shape, recording, run_particles
 
 
@@ -280,28 +280,42 @@ def _replace(observations: Trace, data: Any) -> Any:
     )
 
 
+def _wake(p: Program, q: Program, num_particles: int, *data: Any) -> tuple[Tensor, Tensor]:
+    """Expected ``log q`` and ``log p`` over what SIR picks; no gradient passes the draws and the pick."""
+    if not (isinstance(p, FunctionProgram) and isinstance(q, FunctionProgram)):
+        with torch.no_grad():
+            trace, _, _ = Normalized(p, q, num_particles).simulate(*data)
+        return q.log_density(trace, *data), p.log_density(trace, *data)
+    tape = active_tape()
+
+    def one() -> tuple[dict[str, Tensor], dict[str, int], list[Tensor]]:
+        with tape.plainly():
+            trace, log_q, _ = q.simulate(*data)
+        trace = Trace({name: x.detach() for name, x in trace.items()}, trace.event_ndims)
+        return {}, {}, [log_q, p.log_density(trace, *data)]
+
+    log_q, log_p = run_particles(tape, num_particles, one)[1]  # exact densities: those of the weights serve again
+    weights = (log_p - log_q).detach().softmax(0)
+    return (weights * log_q).sum(0), (weights * log_p).sum(0)
+
+
 @objective
 def wake_q(p: Program, q: Program, *data: Any, num_particles: int = 10) -> Tensor:
     """Wake phase of the guide: ``E log q(x)`` over SIR's approximate posterior of N draws; no gradient to the model."""
-    with torch.no_grad():
-        trace, _, _ = Normalized(p, q, num_particles).simulate(*data)
-    return q.log_density(trace, *data)
+    return _wake(p, q, num_particles, *data)[0]
 
 
 @objective
 def wake_p(p: Program, q: Program, *data: Any, num_particles: int = 10) -> Tensor:
     """Wake phase of the model: ``E log p(x, y)`` over SIR's approximate posterior; no gradient to the guide."""
-    with torch.no_grad():
-        trace, _, _ = Normalized(p, q, num_particles).simulate(*data)
-    return p.log_density(trace, *data)
+    return _wake(p, q, num_particles, *data)[1]
 
 
 @objective
 def reweighted_wake_sleep(p: Program, q: Program, *data: Any, num_particles: int = 10) -> Tensor:
     """Both wake phases on the same draws: their sum, for models and guides that share no parameters."""
-    with torch.no_grad():
-        trace, _, _ = Normalized(p, q, num_particles).simulate(*data)
-    return q.log_density(trace, *data) + p.log_density(trace, *data)
+    log_q, log_p = _wake(p, q, num_particles, *data)
+    return log_q + log_p
 
 
 @objective

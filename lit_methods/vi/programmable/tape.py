@@ -110,7 +110,7 @@ class Tape:
 
     def draw(self, name: str, dist: Distribution, strategy: "Strategy") -> Tensor:
         """Draw from ``dist`` as ``strategy`` wants it, and remember the site."""
-        if self.plain:
+        if self.plain and self.override is None:
             with torch.no_grad():
                 return draw_plain(dist, self.draw_shape)
         if self.override is not None:
@@ -152,6 +152,15 @@ class Tape:
             self._extra.pop()
             self._particle_dims -= 1
             self._set_shapes()
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Draw without regard to gradients for a while."""
+        before, self.plain = self.plain, True
+        try:
+            yield
+        finally:
+            self.plain = before
 
     def roll_back(self, num_sites: int, num_scored: int) -> None:
         """Forget sites of an attempt that is made again."""

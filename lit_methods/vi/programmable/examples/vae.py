@@ -29,13 +29,13 @@ class VAEModel(nn.Module):
         )
 
     def forward(self, batch: SupervisedBatch) -> Tensor:
-        """One run; returns the probabilities of pixels."""
+        """One run; returns the logits of pixels."""
         zeros = batch.x.new_zeros(self.latent_dim)
         z = sample("z", _normal(zeros, torch.ones_like(zeros)))
         logits = self.decoder(z)
         pixels = Bernoulli(logits=logits, validate_args=False)
         observe("x", Independent(pixels, 1, validate_args=False), batch.x.flatten(1))
-        return logits.sigmoid()
+        return logits
 
 
 class VAEGuide(nn.Module):
