@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_methods.vi.programmable.marginal import SIR, Marginal, log_mean_exp
 from lit_methods.vi.programmable.normalization import Normalized
 from lit_methods.vi.programmable.programs import FunctionProgram, Program, Trace, program
+from lit_methods.vi.programmable.strategies import fits
 from lit_methods.vi.programmable.tape import Tape, Unroll, active_tape, base_shape, recording, run_particles
 
 
@@ -112,13 +113,7 @@ class Objective:
                 ) from None
             if not isinstance(cost, Tensor):
                 raise ValueError(f"objective {self!r} must return a tensor, got {type(cost).__name__}")
-            try:
-                torch.broadcast_shapes(cost.shape, tape.shape)
-            except RuntimeError:
-                fits = False
-            else:
-                fits = cost.ndim <= tape.ndim
-            if not fits:
+            if not fits(tuple(cost.shape), tape.shape):
                 raise ValueError(
                     f"objective {self!r} must return one number a problem, a shape that broadcasts to "
                     f"{list(tape.shape)}, got {list(cost.shape)}"
@@ -141,7 +136,7 @@ def make_tape(batch_shape: Sequence[int], num_samples: int, max_branches: int = 
 
 
 def _check_finite(value: Tensor, tape: Tape, objective: Objective) -> None:
-    if torch.isfinite(value).all():
+    if math.isfinite(value.sum()) or torch.isfinite(value).all():  # one wait for the device, if all is well
         return
     bad = [term for term in tape.scored if not torch.isfinite(term.log_prob).all()]
     found = float(value[~torch.isfinite(value)].flatten()[0])

@@ -176,7 +176,9 @@ class Tape:
         value, surrogate = cost.detach(), cost
         for site in reversed(self.sites):
             value, surrogate = site.strategy.combine(value, surrogate, site)
-        return value.expand(self.base), surrogate.expand(self.base)
+        if value.shape != self.base:
+            value = value.expand(self.base)
+        return value, surrogate if surrogate.shape == self.base else surrogate.expand(self.base)
 
 
 @dataclass
