@@ -182,6 +182,18 @@ def test_infinite_eta_is_self_play_without_a_target(tmp_path: Path) -> None:
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
+def test_warm_up_begins_with_a_part_of_the_learning_rate() -> None:
+    module = build(warmup_steps=4)
+    configured = module.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    found = []
+    for _ in range(6):
+        found.append(optimizer.param_groups[0]["lr"] / 3e-3)
+        optimizer.step()
+        scheduler.step()
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
 def test_targets_move_once_per_optimizer_step_under_accumulation(tmp_path: Path) -> None:
     module = build(mode=Prox(copy_every=2))
     targets: list[bool] = []
