@@ -6,6 +6,7 @@ On a CPU by processor time of one thread (numpyro: by the clock). Pyro runs with
 """
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -282,7 +283,8 @@ def sites() -> None:
 
 
 def numpyro() -> None:
-    """The same gradient by NumPyro, compiled: by the clock, with compile time apart."""
+    """The same gradient by NumPyro, compiled: by the clock, with compile time apart; one thread for both."""
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # before jax is imported
     jax: Any = harness.peer("jax")
     peer: Any = harness.peer("numpyro")
     rows: list[harness.Row] = []
@@ -340,7 +342,7 @@ def _numpyro_vae(
 
 
 def variance() -> None:
-    """Summed variance of one gradient of the same bound for one datum, 2000 draws: a binary and a normal choice."""
+    """Summed variance of one gradient of the same bound for one datum, 500 draws: a binary and a normal choice."""
     torch.manual_seed(0)
     holder = nn.ParameterList([torch.tensor(0.3), torch.tensor(0.2)])
     parameters = list(holder)
@@ -403,7 +405,7 @@ def variance() -> None:
             estimators[name] = estimate
     rows: list[harness.Row] = []
     for name, estimate in estimators.items():
-        draws = torch.stack([torch.stack(estimate()) for _ in range(2000)])
+        draws = torch.stack([torch.stack(estimate()) for _ in range(500)])
         mean, error = draws.mean(0), draws.std(0) / math.sqrt(len(draws))
         means = [f"{float(m):.3f} ± {float(e):.3f}" for m, e in zip(mean, error, strict=True)]
         rows.append({"name": name, "variance": round(float(draws.var(0).sum()), 4), "mean gradient": ", ".join(means)})
