@@ -11,12 +11,13 @@ from lit_methods.callbacks.figures import output_dir, save_figure
 
 
 class LearningCurves(Callback):
-    """Draw chosen logged metrics against the Trainer's steps, one panel per metric name without its stage.
+    """Draw chosen logged metrics against the Trainer's steps, three panels a row, one per name without its stage.
 
-    ``train/loss`` and ``val/loss`` share the panel ``loss``. A point is taken after every validation run (names that
-    start with ``val``) and at the end of every training epoch (all others). The picture is written to
-    ``<log folder>/<name>.png`` when ``fit`` ends, also after an exception, and goes to every logger that takes figures.
-    The points are part of the checkpoint, so a resumed run draws the whole curve.
+    ``train/loss`` and ``val/loss`` share the panel ``loss``, and ``train/kl/1`` and ``train/kl/2`` the panel ``kl``.
+    What never changed is left out. A point is taken after every validation run (names that start with ``val``) and at
+    the end of every training epoch (all others). The picture is written to ``<log folder>/<name>.png`` when ``fit``
+    ends, also after an exception, and goes to every logger that takes figures. The points are part of the checkpoint,
+    so a resumed run draws the whole curve.
 
     Args:
         metrics: names of logged metrics to draw; ``None`` draws all.
@@ -84,15 +85,26 @@ class LearningCurves(Callback):
         folder = output_dir(trainer)
         if not trainer.is_global_zero or not self.points:
             return
+        changing = [metric for metric, points in self.points.items() if len({y for _, y in points}) > 1]
         panels: dict[str, list[str]] = {}
-        for metric in self.points:
-            panels.setdefault(metric.partition("/")[2] or metric, []).append(metric)
-        figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
-        row = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, metrics) in zip(row, panels.items(), strict=True):
+        for metric in changing or self.points:
+            panels.setdefault(_title(metric), []).append(metric)
+        columns, rows = min(3, len(panels)), -(-len(panels) // 3)
+        figure = Figure(figsize=(4.5 * columns, 3.5 * rows), layout="constrained")
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, (title, metrics) in zip(grid, panels.items(), strict=False):
             for metric in metrics:
                 axes.plot(*torch.tensor(self.points[metric], dtype=torch.float64).T, marker=".", label=metric)
             axes.set(xlabel=self.x or "optimizer step", title=title)
-            axes.legend()
+            axes.legend(fontsize="small")
             axes.grid(alpha=0.3)
+        for axes in grid[len(panels) :]:
+            axes.remove()
         save_figure(trainer, figure, self.name, folder)
+
+
+def _title(metric: str) -> str:
+    """The metric without its stage, and without a number at its end."""
+    name = metric.partition("/")[2] or metric
+    head, _, tail = name.rpartition("/")
+    return head if head and tail.isdigit() else name

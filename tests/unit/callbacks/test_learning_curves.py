@@ -75,3 +75,25 @@ def test_nothing_is_drawn_without_logged_metrics(tmp_path) -> None:
 
     trainer_in(tmp_path, LearningCurves(), max_epochs=1).fit(Silent())
     assert not (tmp_path / "learning_curves.png").exists()
+
+
+class LogsMuch(UnrelatedModule):
+    """Numbered metrics, a constant one, and many panels."""
+
+    def on_train_epoch_end(self) -> None:
+        epoch = float(self.current_epoch)
+        self.log_dict({"train/kl/1": epoch, "train/kl/2": 2 * epoch, "train/lr": 0.1, "train/a": epoch, "val/a": epoch})
+        self.log_dict({f"train/{name}": epoch for name in ("b", "c")})
+
+
+def test_panels_stand_in_rows_numbers_share_one_and_constants_are_left_out(tmp_path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        "lit_methods.callbacks.learning_curves.save_figure", lambda trainer, figure, *_: drawn.append(figure)
+    )
+    trainer_in(tmp_path, LearningCurves(), max_epochs=3).fit(LogsMuch())
+    (figure,) = drawn
+    assert {axes.get_title() for axes in figure.axes} == {"kl", "a", "b", "c", "loss", "val_loss"}
+    assert figure.axes[0].get_gridspec().get_geometry() == (2, 3)
+    kl = next(axes for axes in figure.axes if axes.get_title() == "kl")
+    assert [line.get_label() for line in kl.lines] == ["train/kl/1", "train/kl/2"]
