@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -197,7 +197,7 @@ class Draw:
     tape: Tape
     dim: int | None = None
     memory: Any = None
-    baseline: Tensor | float | None = field(default=None)
+    baseline: Tensor | float | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

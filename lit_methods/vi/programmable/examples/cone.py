@@ -62,7 +62,8 @@ class RingGuide(nn.Module):
 
     def forward(self, batch: ObservationBatch) -> None:
         """One run."""
-        angle = 2 * math.pi * sample("u", Uniform(0.0, 1.0, validate_args=False))
+        zero = batch.values.new_zeros(())  # on the data's device, where numbers would draw on the CPU
+        angle = 2 * math.pi * sample("u", Uniform(zero, zero + 1, validate_args=False))
         radius = batch.values[..., 0].sqrt()
         scale = self.log_scale.exp()
         for i, (name, direction) in enumerate((("x", torch.cos), ("y", torch.sin))):
