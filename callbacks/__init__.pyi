@@ -30,3 +30,4 @@ from .submodule_ema import SubmoduleEMA as SubmoduleEMA
 from .transport import TransportTable as TransportTable
 from .vi import CountAccuracy as CountAccuracy
 from .vi import PosteriorDiagnostics as PosteriorDiagnostics
+from .vi import PriorRollouts as PriorRollouts

@@ -17,6 +17,10 @@ from .rl import ReplayDataModule as ReplayDataModule
 from .rl import RolloutDataModule as RolloutDataModule
 from .rl import save_minari as save_minari
 from .rl import save_transitions_hdf5 as save_transitions_hdf5
+from .series import PrimitiveSwitchDataModule as PrimitiveSwitchDataModule
+from .series import SinesDataModule as SinesDataModule
+from .series import SymbolicMarkovDataModule as SymbolicMarkovDataModule
+from .series import TimeSeriesDataModule as TimeSeriesDataModule
 from .synthetic import DriftingDigitsDataModule as DriftingDigitsDataModule
 from .synthetic import MatrixFactorizationDataModule as MatrixFactorizationDataModule
 from .synthetic import Mixture2DDataModule as Mixture2DDataModule

@@ -311,6 +311,20 @@ def sparse_rows(items: Tensor, offsets: Tensor) -> Tensor:
     return users.repeat_interleave(offsets.diff(), output_size=len(items))
 
 
+class TimeSeriesBatch(NamedTuple):
+    """One mini-batch of time series, padded to one length.
+
+    Attributes:
+        rows: row of each series in its whole data set, int64 ``(batch,)``.
+        values: ``(batch, steps, numbers)``, floating point; anything, also NaN, where ``mask`` is false.
+        mask: which steps were observed, bool ``(batch, steps)``.
+    """
+
+    rows: Tensor
+    values: Tensor
+    mask: Tensor
+
+
 class PointSetBatch(NamedTuple):
     """Pairs of point sets of uniform weight; nothing says which point of one belongs to which of the other.
 

@@ -29,6 +29,7 @@ from lit_methods.optim.sso import GaussNewton
 from lit_methods.rl import OffPolicyMDPO
 from lit_methods.rl.networks import TanhGaussianActor, TwinCritic, ValueNetwork
 from lit_methods.transport import sinkhorn_newton
+from lit_methods.vi import PVRNN
 from tests.benchmarks import harness
 from tests.benchmarks.bench_mult_vae import BATCH, NUM_ITEMS, part, stepper, synthetic
 from tests.gpu.device import DEVICE, DRY_RUN
@@ -259,6 +260,23 @@ def programmable_vi(rates: Rates) -> Iterator[Row]:
         )
 
 
+def pv_rnn(rates: Rates) -> Iterator[Row]:
+    """The floor is the arithmetic; a step of 100 is three small products, so that launches decide."""
+    batch, steps, sizes = (2, 4, [8, 4]) if DRY_RUN else (64, 100, [80, 40, 20])
+    latents = [max(1, n // 5) for n in sizes]
+    network = PVRNN(17, sizes, latents, [2.0, 4.0, 8.0][: len(sizes)]).to(DEVICE)
+    adaptive = torch.zeros(batch, steps, network.adaptive_size, device=DEVICE, requires_grad=True)
+
+    def passes() -> None:
+        out = network.posterior(adaptive)
+        (out.mean.square().sum() + out.kl.sum()).backward()
+
+    floor = 6 * batch * steps * network.weight.numel() / rates.flops[torch.float32]
+    yield row(
+        "PV-RNN, forward and backward", f"{batch} x {steps} steps, {sum(sizes)} units", milliseconds(passes), floor
+    )
+
+
 def shown(found: Row) -> Row:
     """The row with what only some methods have in one last column."""
     columns = ("method", "size", "ms", "quartiles", "floor_ms", "ms / floor", "peak_MB")
@@ -266,7 +284,7 @@ def shown(found: Row) -> Row:
     return {name: found.get(name, "") for name in columns} | {"more": rest}
 
 
-MEASUREMENTS = [mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion, programmable_vi]
+MEASUREMENTS = [mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion, pv_rnn, programmable_vi]
 
 
 def main(folder: Path) -> int:

@@ -14,6 +14,7 @@ from lit_methods.lr_find import refuse_lr_finder
 from lit_methods.optim.foundation.ranks import mean_over_ranks, world_size
 from lit_methods.precision import load_unrounded
 from lit_methods.rl.networks import SizedNetwork
+from lit_methods.swa import renew_swa_copy
 
 _WINDOW = 40  # training episodes in the logged mean return
 
@@ -44,6 +45,7 @@ class Agent(LightningModule):
         unbuilt = [name for name, part in self.parts().items() if isinstance(part, SizedNetwork) and not part.is_built]
         if spaces is not None:
             self.fit_to(spaces)
+            renew_swa_copy(self)
         elif self._trainer is not None and unbuilt:  # without a Trainer, a checkpoint may be about to tell them
             raise ValueError(f"the Trainer's datamodule tells no sizes: give those of {', '.join(unbuilt)}")
 

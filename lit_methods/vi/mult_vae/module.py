@@ -14,6 +14,7 @@ from lit_methods.batches import InteractionBatch
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.metrics import NDCGAtK, RecallAtK, top_unseen_items
 from lit_methods.precision import load_unrounded
+from lit_methods.swa import renew_swa_copy
 from lit_methods.vi.mult_vae.history import History, Likelihood, check_history, sparse_rows
 from lit_methods.vi.mult_vae.losses import gaussian_kl, negative_log_likelihood, widen
 
@@ -91,6 +92,7 @@ class _Autoencoder(LightningModule):
         self.num_items = num_items
         self._build(num_items)
         self.hparams["num_items"] = num_items  # so that a checkpoint is rebuilt without the datamodule
+        renew_swa_copy(self)
 
     def _build(self, num_items: int) -> None:
         self.item_embedding = nn.Parameter(torch.empty(num_items, self.encoder_dims[0]))  # a transposed nn.Linear
