@@ -20,6 +20,7 @@ from .llm import WinRate as WinRate
 from .mfac import EmpiricalFisherMonitor as EmpiricalFisherMonitor
 from .mfac import MFACPruning as MFACPruning
 from .mfac import PruningCurve as PruningCurve
+from .path_posterior import PathPosterior as PathPosterior
 from .result_table import ResultTable as ResultTable
 from .rl import PolicyEvaluation as PolicyEvaluation
 from .rl import PolicyFrames as PolicyFrames

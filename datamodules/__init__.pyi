@@ -17,8 +17,12 @@ from .rl import ReplayDataModule as ReplayDataModule
 from .rl import RolloutDataModule as RolloutDataModule
 from .rl import save_minari as save_minari
 from .rl import save_transitions_hdf5 as save_transitions_hdf5
+from .series import BridgeDataModule as BridgeDataModule
+from .series import FractionalPathDataModule as FractionalPathDataModule
+from .series import MovingDigitsDataModule as MovingDigitsDataModule
 from .series import PrimitiveSwitchDataModule as PrimitiveSwitchDataModule
 from .series import SinesDataModule as SinesDataModule
+from .series import StockVolatilityDataModule as StockVolatilityDataModule
 from .series import SymbolicMarkovDataModule as SymbolicMarkovDataModule
 from .series import TimeSeriesDataModule as TimeSeriesDataModule
 from .synthetic import DriftingDigitsDataModule as DriftingDigitsDataModule

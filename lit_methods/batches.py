@@ -335,3 +335,18 @@ class PointSetBatch(NamedTuple):
 
     source: Tensor
     target: Tensor
+
+
+class PathBatch(NamedTuple):
+    """Time series that share one grid of times; a series of its own time stamps is one with holes in it.
+
+    Attributes:
+        times: increasing times ``(T,)``, floating point: the union of the time stamps of all series. The first is where
+            a model's state starts, whether anything was observed there or not.
+        values: observations ``(batch, T, ...)``, floating point; NaN is allowed where ``mask`` is False.
+        mask: what was observed, bool ``(batch, T)``.
+    """
+
+    times: Tensor
+    values: Tensor
+    mask: Tensor

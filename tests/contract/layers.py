@@ -4,16 +4,16 @@ import ast
 import sys
 from pathlib import Path
 
-FOUNDATION = {"lit_methods._moved", "lit_methods.batches"}
+FOUNDATION = {"lit_methods._moved", "lit_methods.batches", "lit_methods.fractional_noise"}
 PIECES_BELOW_FAMILIES = FOUNDATION | {"lit_methods.optim", "lit_methods.metrics", "lit_methods.nets"}
 SHARED_MODULES = {
-    f"lit_methods.{name}" for name in ("hyperparameters", "lr_find", "masking", "precision", "supervised")
+    f"lit_methods.{name}" for name in ("hyperparameters", "lr_find", "masking", "precision", "supervised", "swa")
 }
 SHARED_FAMILIES = {"lit_methods.games", "lit_methods.diffusion"}
 OPTIM_THIRD_PARTY = {"torch", "numpy", "scipy"}
 DATAMODULE_THIRD_PARTY = {
-    "torch", "lightning", "torchdata", "numpy", "scipy", "sklearn", "h5py", "gymnasium", "minari", "tokenizers",
-    "transformers", "datasets", "pyarrow",
+    "torch", "lightning", "torchdata", "numpy", "scipy", "sklearn", "matplotlib", "h5py", "gymnasium", "minari",
+    "tokenizers", "transformers", "datasets", "pyarrow",
 }  # fmt: skip
 STANDARD_LIBRARY = sys.stdlib_module_names
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lit_methods.optim import MDPO
+from lit_methods.vi import MarkovFBM
 from tests.contract.pieces import kind_of, public_objects, real_arguments
 
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -21,6 +22,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "EnsembleJudge": {"judges": [print, print]},
     "HTTPJudge": {"url": "http://localhost"},
     "Labels": {"num_classes": 2},
+    "FractionalSDE": {"drift": nn.Identity(), "diffusion": 1.0, "control": None, "noise": MarkovFBM(), "state_dim": 1},
     "LossGuidance": {"loss": None},
     "MDPOStepSize": {"optimizer": MDPO([nn.Parameter(torch.ones(1))]), "schedule": "constant"},
     "RatioNormalizer": {"t_min": 0.0, "t_max": 1.0},
@@ -44,6 +46,7 @@ CLASSES = [
     if inspect.isclass(obj) and kind_of(obj) == "other" and not inspect.isabstract(obj)
     if path != "lit_methods.optim.FisherInverse"  # built by from_gradients, whose unit test it is
     if path != "lit_methods.games.SmallGainCertificate"  # a result
+    if path != "lit_methods.vi.HurstFit"  # a result
     if path != "lit_methods.llm.VLLMSampler"  # vLLM checks its own arguments
 ]
 

@@ -224,6 +224,30 @@ def nash_mp(rates: Rates) -> Iterator[Row]:
     yield row("Nash Prox step", size, [1e3 * whole] * 2, **{"generated tokens/s": rate, **shares})
 
 
+def fractional_sde(rates: Rates) -> Iterator[Row]:
+    """A pass over a latent SDE's posterior, forward and backward; the floor is its networks' arithmetic."""
+    from lit_methods.vi import ControlMLP, DiagonalDiffusion, DriftMLP, FractionalSDE, MarkovFBM
+
+    batch, dim, steps, width = (4, 2, 8, 8) if DRY_RUN else (32, 6, 72, 200)  # the paper's video model
+    for kind in ("white", "I"):
+        noise = MarkovFBM(5, 10.0, 2.4, kind)  # type: ignore[arg-type]
+        control = ControlMLP(dim, noise.num_ou, [width, width], periodic_time=False)
+        sde = FractionalSDE(
+            DriftMLP(dim, [width, width]), DiagonalDiffusion(dim, [width, width]), control, noise, dim, dt=2.4 / 72
+        ).to(DEVICE)
+        x0, times = torch.zeros(batch, dim, device=DEVICE), torch.linspace(0, 2.4 * steps / 72, 2)
+
+        def work(sde: FractionalSDE = sde, x0: torch.Tensor = x0, times: torch.Tensor = times) -> None:
+            path = sde(x0, times)
+            (path.path_kl.mean() + path.x.square().mean()).backward()
+
+        flops = 6 * batch * steps * (dim + 2) * width * width
+        size = f"batch {batch}, {steps} steps, kind {kind}"
+        yield row(
+            "fractional SDE, forward and backward", size, milliseconds(work, 5), flops / rates.flops[torch.float32]
+        )
+
+
 def diffusion(rates: Rates) -> Iterator[Row]:
     """The floor is the network alone: a forward and backward pass for training, one forward pass for a step of DDIM."""
     batch, width, steps = (8, 16, 4) if DRY_RUN else (4096, 1024, 50)
@@ -284,7 +308,9 @@ def shown(found: Row) -> Row:
     return {name: found.get(name, "") for name in columns} | {"more": rest}
 
 
-MEASUREMENTS = [mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion, pv_rnn, programmable_vi]
+MEASUREMENTS = [
+    mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion, pv_rnn, fractional_sde, programmable_vi,
+]  # fmt: skip
 
 
 def main(folder: Path) -> int:

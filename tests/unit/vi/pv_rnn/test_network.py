@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_methods.vi import PVRNN
-from lit_methods.vi.pv_rnn import SoftmaxCode
+from lit_methods.vi.pv_rnn import PVRNNOutput, SoftmaxCode
 from lit_methods.vi.pv_rnn.network import gaussian_kl
 from tests.unit.vi.pv_rnn.naive import naive_posterior
 
@@ -115,6 +115,7 @@ def test_a_run_in_two_parts_is_the_run() -> None:
     net = network()
     adaptive, eps = inputs(net, steps=10)
     whole = net.posterior(adaptive, eps=eps)
+    assert isinstance(whole, PVRNNOutput)
     head = net.posterior(adaptive[:, :6], eps=eps[:6])
     tail = net.posterior(adaptive[:, 6:], head.states[:, -1], first=False, eps=eps[6:])
     for name in ("mean", "kl", "prior_scale", "states"):
