@@ -2,7 +2,7 @@
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lit_methods.hyperparameters import live_arguments
 from lit_methods.precision import load_unrounded
@@ -137,7 +136,7 @@ class ProgrammableVI(LightningModule):
 
     def batch_shape(self, batch: Any) -> tuple[int, ...]:
         """The sizes of the problems of a batch."""
-        first = next((x for x in tree_leaves(batch) if isinstance(x, Tensor)), None)
+        first = _first_tensor(batch)
         if first is None or first.ndim < self.batch_dims:
             raise ValueError(
                 f"batch_dims must be <= the dimensions of the batch's first tensor, "
@@ -235,6 +234,14 @@ class ProgrammableVI(LightningModule):
 
     def _count(self, batch: Any) -> int:
         return max(torch.Size(self.batch_shape(batch)).numel(), 1)
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    """The first tensor of nested mappings and sequences."""
+    if isinstance(batch, Tensor):
+        return batch
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((found for found in map(_first_tensor, parts) if found is not None), None)
 
 
 def _build(argument: str, objective: Any, model: nn.Module, guide: nn.Module, settings: dict[str, Any]) -> Objective:

@@ -189,6 +189,7 @@ def test_what_one_asks_a_trained_module() -> None:
     assert torch.equal(prediction.observed["x"], batch.values[:, 0])
     assert module.log_weights(batch, 6).shape == (6, 4)
     assert isinstance(module.estimate(batch), Estimate)
+    assert module.batch_shape({"a": "text", "b": [batch]}) == (4,)
     with pytest.raises(ValueError, match="batch_dims must be <= the dimensions"):
         ProgrammableVI(Mixture(), Amortised(), batch_dims=3).batch_shape(batch)
 
