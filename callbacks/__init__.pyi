@@ -29,4 +29,6 @@ from .sso import SurrogateMonitor as SurrogateMonitor
 from .sso import TargetCapture as TargetCapture
 from .submodule_ema import SubmoduleEMA as SubmoduleEMA
 from .transport import TransportTable as TransportTable
+from .vi import CountAccuracy as CountAccuracy
+from .vi import PosteriorDiagnostics as PosteriorDiagnostics
 from .vi import PriorRollouts as PriorRollouts

@@ -2,10 +2,12 @@ from .images import ArrayFilesDataModule as ArrayFilesDataModule
 from .images import CIFAR10DataModule as CIFAR10DataModule
 from .images import CIFAR100DataModule as CIFAR100DataModule
 from .images import DigitPointsDataModule as DigitPointsDataModule
+from .images import DigitScenesDataModule as DigitScenesDataModule
 from .images import DigitsDataModule as DigitsDataModule
 from .images import FashionMNISTDataModule as FashionMNISTDataModule
 from .images import KMNISTDataModule as KMNISTDataModule
 from .images import MNISTDataModule as MNISTDataModule
+from .images import MultiMNISTDataModule as MultiMNISTDataModule
 from .interactions import InteractionsDataModule as InteractionsDataModule
 from .interactions import MovieLensDataModule as MovieLensDataModule
 from .interactions import MSDTasteProfileDataModule as MSDTasteProfileDataModule
@@ -28,11 +30,13 @@ from .synthetic import DriftingDigitsDataModule as DriftingDigitsDataModule
 from .synthetic import GaussianMixtureDataModule as GaussianMixtureDataModule
 from .synthetic import MatrixFactorizationDataModule as MatrixFactorizationDataModule
 from .synthetic import Mixture2DDataModule as Mixture2DDataModule
+from .synthetic import RepeatedObservationDataModule as RepeatedObservationDataModule
 from .synthetic import SEADataModule as SEADataModule
 from .synthetic import SensingDataModule as SensingDataModule
 from .synthetic import SparseTeacherDataModule as SparseTeacherDataModule
 from .tables import BreastCancerDataModule as BreastCancerDataModule
 from .tables import CovertypeDataModule as CovertypeDataModule
+from .tables import DiabetesDataModule as DiabetesDataModule
 from .tables import LibSVMDataModule as LibSVMDataModule
 from .tensors import TensorDataModule as TensorDataModule
 from .text import GLUEDataModule as GLUEDataModule

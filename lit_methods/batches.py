@@ -18,6 +18,16 @@ class SupervisedBatch(NamedTuple):
     y: Tensor
 
 
+class ObservationBatch(NamedTuple):
+    """Data sets, or observations of one problem each.
+
+    Attributes:
+        values: ``(batch, ...)`` floating point.
+    """
+
+    values: Tensor
+
+
 Prompt = str | list[dict[str, Any]]
 """A plain text, or chat messages ``[{"role": ..., "content": ...}, ...]`` that end before the assistant's answer.
 

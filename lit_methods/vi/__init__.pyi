@@ -21,6 +21,7 @@ from .fractional_sde import ou_speeds as ou_speeds
 from .fractional_sde import sample_fbm as sample_fbm
 from .mult_vae import MultDAE as MultDAE
 from .mult_vae import MultVAE as MultVAE
+from .programmable import ProgrammableVI as ProgrammableVI
 from .pv_rnn import PVRNN as PVRNN
 from .pv_rnn import ErrorRegression as ErrorRegression
 from .pv_rnn import PVRNNModule as PVRNNModule

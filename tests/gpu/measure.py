@@ -280,6 +280,20 @@ def f_distill(rates: Rates) -> Iterator[Row]:
         yield row(f"{name}, 5 iterations", f"UNet, batch {batch} of 3x{side}x{side}", milliseconds(work[name]), floor)
 
 
+def programmable_vi(rates: Rates) -> Iterator[Row]:
+    """A gradient of the ELBO of the paper's autoencoder, beside the same written by hand."""
+    from lit_methods.vi.programmable import elbo
+    from tests.benchmarks import bench_programmable_vi as bench
+
+    for batch in (8,) if DRY_RUN else (64, 256, 1024):
+        model, guide, data = bench.vae_parts(batch)
+        by_hand = median(milliseconds(bench.by_hand(model, guide, data, False)))
+        step = milliseconds(bench.ours(elbo(model, guide), data, [model, guide]))
+        yield row(
+            "Programmable VI, gradient of the ELBO", f"784-200-10, batch {batch}", step, by_hand_ms=round(by_hand, 4)
+        )
+
+
 def pv_rnn(rates: Rates) -> Iterator[Row]:
     """The floor is the arithmetic; a step of 100 is three small products, so that launches decide."""
     batch, steps, sizes = (2, 4, [8, 4]) if DRY_RUN else (64, 100, [80, 40, 20])
@@ -305,7 +319,7 @@ def shown(found: Row) -> Row:
 
 
 MEASUREMENTS = [
-    mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion, f_distill, pv_rnn, fractional_sde,
+    mfac, sso, cbo, sinkhorn, mult_vae, mdpo, nash_mp, diffusion, f_distill, pv_rnn, fractional_sde, programmable_vi,
 ]  # fmt: skip
 
 
