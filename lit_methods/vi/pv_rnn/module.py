@@ -187,7 +187,7 @@ class PVRNNModule(LightningModule):
     def training_step(self, batch: TimeSeriesBatch, batch_idx: int) -> Tensor:
         """The mean loss of the batch's sequences; logs its parts."""
         losses = self.losses(batch)
-        once = self._count_once(batch.rows)
+        once = self._count_once(batch.rows, batch.mask.any(1))
         total = losses.total()
         loss = (total * once).sum() * (world_size() / sum(gather_objects(float(once.sum()))))
         steps = batch.mask.sum().clamp(min=1)
@@ -197,24 +197,28 @@ class PVRNNModule(LightningModule):
             self.log(f"train/kl_nats/{layer + 1}", nats, batch_size=len(total))
         return loss
 
-    def _count_once(self, rows: Tensor) -> Tensor:
-        """1 for the first place of each sequence in the batch of all ranks, 0 where it is repeated."""
+    def _count_once(self, rows: Tensor, observed: Tensor) -> Tensor:
+        """1 for the first place of each sequence in the batch of all ranks, 0 where it is repeated.
+
+        Args:
+            rows: of the sequences, ``(batch,)``.
+            observed: whether each has any step, ``(batch,)``; the others' adaptive vectors stay.
+        """
         seen: set[int] = set()
-        for r, indices in enumerate(gather_objects(rows.tolist())):
-            if self.shard_adaptive and any(i % world_size() != r for i in indices):
-                wrong = next(i for i in indices if i % world_size() != r)
+        flags: list[bool] = []
+        for r, (theirs, touched) in enumerate(gather_objects((rows.tolist(), rows[observed].tolist()))):
+            if self.shard_adaptive and any(i % world_size() != r for i in theirs):
+                wrong = next(i for i in theirs if i % world_size() != r)
                 raise ValueError(
                     f"row {wrong} belongs to rank {wrong % world_size()} of {world_size()} with shard_adaptive=True, "
                     f"but rank {r} got it: use pin_to_ranks=True in the datamodule"
                 )
-            self.touched.update(indices)
-            flags = []
-            for i in indices:
-                flags.append(i not in seen)
+            self.touched.update(touched)
+            for i in theirs:
+                if r == rank():
+                    flags.append(i not in seen)
                 seen.add(i)
-            if r == rank():
-                mine = flags
-        return torch.tensor(mine, dtype=torch.promote_types(torch.float32, self.adaptive.dtype), device=rows.device)
+        return torch.tensor(flags, dtype=torch.promote_types(torch.float32, self.adaptive.dtype), device=rows.device)
 
     def validation_step(self, batch: TimeSeriesBatch, batch_idx: int) -> None:
         """Recognise the beginning of each sequence, and predict the rest."""

@@ -108,7 +108,7 @@ def steps_of_row(update_rows: str) -> list[Tensor]:
         def closure(row: int = row) -> None:
             module.adaptive.grad = torch.zeros_like(module.adaptive)
             module.adaptive.grad[row] = 1.0
-            module._count_once(torch.tensor([row]))
+            module._count_once(torch.tensor([row]), torch.tensor([True]))
 
         module.optimizer_step(0, 0, optimizer, closure)
         found.append(module.adaptive.detach()[:, 0, 0].clone())
@@ -126,6 +126,27 @@ def test_rows_outside_the_batch_move_only_where_asked() -> None:
         parameter.grad = torch.sparse_coo_tensor(torch.tensor([[row]]), torch.ones(1, 1), (2, 1))
         sparse.step()
         torch.testing.assert_close(parameter.detach()[:, 0], rows[i])
+
+
+def test_sequences_without_any_step_stay_where_they_are() -> None:
+    module = build(update_rows="batch")
+    module._trainer = Trainer(**QUIET)
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
+    optimizer = module.configure_optimizers()
+
+    def step(batch: TimeSeriesBatch) -> Tensor:
+        def closure() -> None:
+            optimizer.zero_grad()
+            module.training_step(batch, 0).backward()
+
+        module.optimizer_step(0, 0, optimizer, closure)
+        return module.adaptive.detach().clone()
+
+    first = step(batch_of(0, 1))
+    assert (first[:2] != 0).any()
+    nothing = batch_of(0, 2)
+    nothing.mask.zero_()
+    assert torch.equal(step(nothing), first)
 
 
 def test_refuses_what_does_not_fit() -> None:
@@ -236,10 +257,10 @@ def test_two_ranks_have_the_gradients_of_one_process(tmp_path: Path, shard: bool
 
 def test_sharded_adaptive_vectors_refuse_other_rows_and_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_methods.vi.pv_rnn.module.world_size", lambda: 2)
-    monkeypatch.setattr("lit_methods.vi.pv_rnn.module.gather_objects", lambda value: [[0, 2], [1, 2]])
+    monkeypatch.setattr("lit_methods.vi.pv_rnn.module.gather_objects", lambda value: [([0, 2], []), ([1, 2], [])])
     module = build(shard_adaptive=True)
     with pytest.raises(ValueError, match=r"row 2 belongs to rank 0 of 2 .* but rank 1 got it: use pin_to_ranks=True"):
-        module._count_once(torch.tensor([0, 2]))
+        module._count_once(torch.tensor([0, 2]), torch.tensor([True, True]))
     with pytest.raises(ValueError, match="gradient_clip_val must be None with shard_adaptive=True, got 1"):
         module.configure_gradient_clipping(module.configure_optimizers(), 1.0, "norm")
 
