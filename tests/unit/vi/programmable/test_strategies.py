@@ -108,7 +108,7 @@ def test_one_draw_of_reinforce_has_both_terms() -> None:
     torch.testing.assert_close(torch.stack(gradient), torch.tensor([-1.812306, 1.317100]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("grad", [ENUM, MVD, REINFORCE(baseline=-2.0), "auto"], ids=["enum", "mvd", "reinforce", "auto"])
+@pytest.mark.parametrize("grad", [ENUM, MVD, REINFORCE(baseline=-2.0), "auto"], ids=["enum", "mvd", "score", "auto"])
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_choices_under_a_logarithm_of_a_sum_are_unbiased(grad, num_particles) -> None:
     logit, logit2 = leaf(0.4), leaf(-0.2)
