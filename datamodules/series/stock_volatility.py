@@ -48,7 +48,8 @@ class StockVolatilityDataModule(TensorDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the prices and cut the windows."""
-        prices = np.load(Path(matplotlib.get_data_path()) / "sample_data" / "goog.npz")["price_data"]
+        path = Path(matplotlib.get_data_path()) / "sample_data" / "goog.npz"
+        prices = np.load(path, allow_pickle=False)["price_data"]
         days = (prices["date"] - prices["date"][0]).astype(int)
         volatility = np.log(np.log(prices["high"] / prices["low"]) / (2 * np.log(2) ** 0.5))
         self.series = torch.full((int(days[-1]) + 1,), torch.nan, dtype=torch.float64)

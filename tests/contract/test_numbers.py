@@ -29,6 +29,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "PVRNN": {"output_size": 1},
     "PointDiscriminator": {"dim": 1},
     "RatioNormalizer": {"t_min": 0.0, "t_max": 1.0},
+    "RegressionModel": {"num_features": 2, "num_data": 3},
     "RewardModelJudge": {"model": "of no matter"},
     "ScoreJudge": {"score": lambda prompt, text: 0.0},
     "SinkhornNewton": {"eta": 1.0},
@@ -38,6 +39,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "UNet2D": {"model": nn.Identity()},
     "UNet2DCondition": {"model": nn.Identity()},
     "Vectors": {"features": 2},
+    "WeightGuide": {"num_features": 2},
 }
 MAY_BE_INFINITE = {
     ("Box", "low"),

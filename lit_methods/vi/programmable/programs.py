@@ -313,7 +313,8 @@ class Run:
                 f"value of site {name!r} must end in the event shape {list(event)} of its {type(dist).__name__}, got "
                 f"{list(value.shape)}"
             )
-        validates = dist._validate_args
+        # torch.compile turns the default of all distributions off for good; what counts is what this one was given.
+        validates = dist._validate_args if torch.compiler.is_compiling() else vars(dist).get("_validate_args", True)
         dist._validate_args = validate and validates
         try:
             log_prob = dist.log_prob(value)

@@ -22,6 +22,7 @@ from lit_methods.diffusion import (
     from_diffusers,
     sample,
     scaled_linear_vp,
+    to_one_step_pipeline,
     to_pipeline,
     to_scheduler,
 )
@@ -120,7 +121,7 @@ def test_one_step_students_become_folders_that_a_new_process_samples_from(tmp_pa
         net, conditioning = UNet2D({**SMALL, **labels}, 1000.0, offset), Labels(3) if labels else None
         teacher = Denoiser(net, process, prediction, precondition, sigma_data=0.6, conditioning=conditioning)
         models[kind] = FDistill(teacher, seed=0).eval()
-        models[kind].to_pipeline(tmp_path / kind)
+        to_one_step_pipeline(models[kind].student, tmp_path / kind)
     # A pipeline of consistency models takes one step unless told otherwise.
     one = {"num_inference_steps": 1}
     told = {"edm": {}, "edm_labels": {"class_labels": [2, 1]}, "vp": one, "fm": one}

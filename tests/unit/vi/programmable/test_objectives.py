@@ -371,7 +371,10 @@ def test_a_boundary_of_beta_is_finite() -> None:
     assert elbo(model, lambda: None)().value.item() == 0.0
 
 
-def test_values_outside_the_support_name_the_site() -> None:
+@pytest.mark.parametrize("default", [True, False])  # torch.compile turns it off
+def test_values_outside_the_support_name_the_site(monkeypatch: pytest.MonkeyPatch, default: bool) -> None:
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", default)
+
     def model() -> None:
         observe("x", Beta(2.0, 2.0), torch.tensor(1.5))
 

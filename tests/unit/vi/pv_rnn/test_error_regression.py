@@ -149,10 +149,10 @@ def test_works_where_gradients_are_off(network: PVRNN, values: Tensor, context: 
 
 
 def test_restarts_keep_the_best_of_each_stream(network: PVRNN, values: Tensor) -> None:
-    single = ErrorRegression(network, 6, 3, meta_prior=0.0, seed=1).begin(values[:, :6]).after
-    several = ErrorRegression(network, 6, 3, restarts=4, meta_prior=0.0, seed=1).begin(values[:, :6]).after
-    assert (several <= single).all()
-    assert (several < single).any()
+    single = ErrorRegression(network, 6, 0, meta_prior=0.0, seed=1).begin(values[:, :6]).after
+    several = ErrorRegression(network, 6, 0, restarts=16, meta_prior=0.0, seed=1).begin(values[:, :6]).after
+    assert (several < single + 1e-9).all()
+    assert (several < single - 1e-6).any()
 
 
 def test_says_when_the_loss_did_not_fall(network: PVRNN, values: Tensor) -> None:
